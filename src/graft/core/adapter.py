@@ -1,0 +1,342 @@
+"""An adapter: the deltas of one method on one model, under one name."""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Adapted, Delta, frozen_parameters, mount, unmount
+from .errors import GraftError
+from .recipe import Recipe
+from .site import Site, site_for
+from .targets import resolve
+
+_HOME = "_graft"  # where a model keeps its registry
+
+
+class Registry:
+    """The adapters of one model in the order of their chain, and what the base was before the first one came."""
+
+    def __init__(self, model: nn.Module):
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
+
+    def activate(self, names: Iterable[str]) -> None:
+        """Run exactly the adapters `names`, the first one innermost."""
+        names = tuple(names)
+        if unknown := [n for n in names if n not in self.adapters]:
+            raise GraftError(f"no adapter is called {unknown[0]!r}; the model has {', '.join(self.adapters) or 'none'}")
+        changed = {*names, *self.active} if names != self.active else set()
+        self.active = names
+        hosts = {id(d.site.module): d.site.module for n in changed for d in self.adapters[n].deltas.values()}
+        for host in hosts.values():
+            host.relink(names)
+
+
+def registry(model: nn.Module) -> Registry | None:
+    return model.__dict__.get(_HOME)
+
+
+def adapters(model: nn.Module) -> dict[str, "Adapter"]:
+    """The adapters on `model` by name, in the order of their chain (the first one innermost)."""
+    found = registry(model)
+    return dict(found.adapters) if found else {}
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Run exactly the adapters `names`, in this order from the inside; none at all gives the base."""
+    found = registry(model)
+    if found is None:
+        raise GraftError(f"{type(model).__name__} carries no adapter")
+    found.activate(names)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, for the duration of the context, e.g. as the reference of preference tuning."""
+    found = registry(model)
+    before = found.active if found else ()
+    if found:
+        found.activate(())
+    try:
+        yield model
+    finally:
+        if found:
+            found.activate(before)
+
+
+def attach(
+    model: nn.Module,
+    method: Any,
+    targets: Any = None,
+    *,
+    name: str = "default",
+    heads: Any = (),
+    seed: int = 0,
+    stats: dict[str, dict] | None = None,
+    dtype: torch.dtype | None = None,
+    **hyper: Any,
+) -> "Adapter":
+    """Put a new adapter on `model` and freeze the base.
+
+    method   graft.LoRA(rank=8), or a name with its hyperparameters as keywords: attach(model, "lora", rank=8)
+    targets  a preset ("all-linear", "attention", "mlp", "qv", "blocks", ...), a regular expression over module paths,
+             a list of them, or a function (path, module) -> bool; the method's own default if left out
+    heads    modules that are trained whole beside the method and saved with the adapter (a new classifier)
+    seed     of the random initial values; it is saved
+    stats    what `graft.collect` measured, for methods that need it
+    dtype    of the adapter's tensors: float32, or float64 on a float64 base, unless given
+    """
+    adapter = Adapter(
+        model, Recipe.of(method, **hyper), targets, name, heads=heads, seed=seed, stats=stats, dtype=dtype
+    )
+    adapter.attach()
+    return adapter
+
+
+class Adapter:
+    """The deltas of one method on one model. Made by `attach`; then save, switch off, freeze, step, detach."""
+
+    def __init__(self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
+        cls = recipe.method
+        self.model, self.name, self.seed = model, name, seed
+        self.targets = cls.targets if targets is None else targets
+        sites = self._sites(cls, self.targets, stats)
+        taken = {id(s.module) for s in sites}
+        self.heads = [(p, m) for p, m in resolve(model, heads, HEADS)] if heads else []
+        if both := [p for p, m in self.heads if id(m) in taken]:
+            raise GraftError(f"{both[0]} is a target of {cls.name} and a head: choose one of the two")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            resolved = {s.path: recipe.at(s) for s in sites}
+            shared = cls.share(sites, **resolved[sites[0].path])
+            self.shared = None if shared is None else self._place(shared, sites[0], dtype)
+            given = {} if self.shared is None else {"shared": self.shared}
+            self.deltas: dict[str, Delta] = {
+                s.path: self._place(cls(s, **given, **resolved[s.path]), s, dtype) for s in sites
+            }
+        for path, module in self.heads:
+            site = site_for(path, module, HEADS)
+            self.deltas[path] = self._place(_full()(site), site, dtype)
+        for site in sites:
+            site.stats = {}  # used up; they can be large
+        # What a function of the site gave is kept as a table: a function cannot be saved.
+        self.recipe = Recipe(
+            cls,
+            {
+                k: {re.escape(p): h[k] for p, h in resolved.items()} if callable(v) else v
+                for k, v in recipe.hyper.items()
+            },
+        )
+
+    def _sites(self, cls: type[Delta], targets, stats) -> list[Site]:
+        picked = resolve(self.model, targets, cls.hosts)
+        sites = [
+            site_for(path, module, cls.hosts, index=i, count=len(picked), stats=(stats or {}).get(path))
+            for i, (path, module) in enumerate(picked)
+        ]
+        for site in sites:
+            if site.kind not in cls.hosts:
+                raise GraftError(
+                    f"{cls.name} works on {', '.join(cls.hosts)}; {site.path or 'the model'} is a {site.kind} "
+                    f"({type(site.module).__name__})"
+                )
+            if missing := [need for need in cls.needs if need not in site.stats and need != "width"]:
+                raise GraftError(
+                    f"{cls.name} needs the statistic {missing[0]} at {site.path}: "
+                    f"pass stats=graft.collect(model, data, needs={list(cls.needs)!r})"
+                )
+        reasons = {s.path: cls.refuses(s) for s in sites}
+        refused = {path: reason for path, reason in reasons.items() if reason}
+        if refused and (len(refused) == len(sites) or not is_preset(targets)):
+            path, reason = next(iter(refused.items()))
+            raise GraftError(f"{cls.name} cannot work at {path or 'the model'}: {reason}")
+        kept = [s for s in sites if s.path not in refused]
+        for i, site in enumerate(kept):
+            site.index, site.count = i, len(kept)
+        return kept
+
+    @staticmethod
+    def _place(module: nn.Module, site: Site, dtype: torch.dtype | None) -> nn.Module:
+        where = site.where()
+        wide = dtype or (torch.float64 if where.dtype == torch.float64 else torch.float32)
+        module.graft_owned = True  # type: ignore[assignment]
+        module.train(site.module.training)
+        return module if (wide, where.device.type) == (torch.float32, "cpu") else module.to(where.device, wide)
+
+    # Life on the model
+
+    @property
+    def attached(self) -> bool:
+        found = registry(self.model)
+        return found is not None and found.adapters.get(self.name) is self
+
+    def attach(self) -> None:
+        """Put the deltas on the model, outside those already there, and freeze the base."""
+        model, found = self.model, registry(self.model)
+        if found and self.name in found.adapters:
+            raise GraftError(f"the model has an adapter called {self.name!r} already: detach it or choose another name")
+        shared_name = f"shared_{self.name}"
+        if self.shared is not None and hasattr(model, shared_name):
+            raise GraftError(f"{type(model).__name__} has an attribute {shared_name!r} of its own: choose another name")
+        if found is None:
+            found = model.__dict__[_HOME] = Registry(model)
+            for p in found.trainable:
+                p.requires_grad_(False)
+        done = []
+        try:
+            for delta in self.deltas.values():
+                mount(self.name, delta)
+                done.append(delta)
+        except Exception:
+            found.adapters[self.name] = self
+            self._leave(done)
+            raise
+        if self.shared is not None:
+            model.add_module(shared_name, self.shared)
+        found.adapters[self.name] = self
+        found.activate((*found.active, self.name))
+
+    def detach(self) -> None:
+        """Take the deltas off; the last adapter to leave restores the base with all its attributes and flags."""
+        if not self.attached:
+            raise GraftError(f"adapter {self.name!r} is not on the model")
+        found = registry(self.model)
+        assert found
+        found.activate(n for n in found.active if n != self.name)
+        if self.shared is not None:
+            delattr(self.model, f"shared_{self.name}")
+        self._leave(self.deltas.values())
+
+    def _leave(self, deltas: Iterable[Delta]) -> None:
+        found = registry(self.model)
+        assert found
+        for delta in deltas:
+            unmount(self.name, delta)
+        del found.adapters[self.name]
+        if not found.adapters:
+            for p in found.trainable:
+                p.requires_grad_(True)
+            del self.model.__dict__[_HOME]
+
+    @property
+    def active(self) -> bool:
+        found = registry(self.model)
+        return found is not None and self.name in found.active
+
+    def enable(self) -> None:
+        """Run with the model again, at the place in the chain where it was attached."""
+        found = registry(self.model)
+        if found is None or not self.attached:
+            raise GraftError(f"adapter {self.name!r} is not on the model")
+        found.activate(n for n in found.adapters if n in (*found.active, self.name))
+
+    def disable(self) -> None:
+        """Stay on the model without effect."""
+        found = registry(self.model)
+        if found:
+            found.activate(n for n in found.active if n != self.name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The model without this adapter, for the duration of the context."""
+        before = self.active
+        self.disable()
+        try:
+            yield self.model
+        finally:
+            if before:
+                self.enable()
+
+    # Tensors
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts that own tensors: the deltas by path, and "*" for what they share."""
+        return {**self.deltas} if self.shared is None else {**self.deltas, "*": self.shared}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, trained or frozen, each once."""
+        return list({id(p): p for m in self.modules().values() for p in m.parameters()}.values())
+
+    def requires_grad_(self, flag: bool = True) -> "Adapter":
+        """Train (True) or freeze (False) this adapter."""
+        for p in self.parameters():
+            p.requires_grad_(flag)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"path:tensor": value}; "*:tensor" for what the sites share."""
+        return {f"{path}:{k}": v for path, m in self.modules().items() for k, v in m.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy values in; names and shapes must be those of `state_dict`, otherwise nothing is changed."""
+        own = self.state_dict()
+        if lacking := sorted(own.keys() - state.keys()):
+            raise GraftError(f"{len(lacking)} tensors of the adapter are missing, among them {lacking[0]}")
+        if extra := sorted(state.keys() - own.keys()):
+            raise GraftError(f"{len(extra)} tensors do not belong to the adapter, among them {extra[0]}")
+        for key, value in state.items():
+            if value.shape != own[key].shape:
+                raise GraftError(
+                    f"{key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}: another base?"
+                )
+        with torch.no_grad():
+            for key, value in state.items():
+                own[key].copy_(value)
+
+    def step(self, progress: float) -> None:
+        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1]."""
+        self.recipe.method.step(self._own(), progress)
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the loss, if the method has one."""
+        return self.recipe.method.penalty(self._own())
+
+    def _own(self) -> list[Delta]:
+        return [d for d in self.deltas.values() if type(d) is self.recipe.method]
+
+    # Files
+
+    def save(self, folder, **options) -> None:
+        """Write the adapter as a folder; see files.save."""
+        from .files import save
+
+        save(self, folder, **options)
+
+    def __repr__(self):
+        count = sum(p.numel() for p in self.parameters())
+        return f"Adapter({self.name!r}, {self.recipe}, {len(self.deltas)} sites, {count:,} parameters)"
+
+
+HEADS = ("linear", "conv", "embedding", "norm", "module")
+
+
+def is_preset(targets) -> bool:
+    from .targets import PRESETS
+
+    return isinstance(targets, str) and targets in PRESETS
+
+
+def _full() -> type[Delta]:
+    from .recipe import method
+
+    return method("full")
+
+
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the base by name, without those of adapters."""
+    own = {id(p) for p in frozen_parameters(model)}
+    return {n: p for n, p in model.named_parameters() if id(p) in own}
+
+
+def adapted_hosts(model: nn.Module) -> dict[str, Adapted]:
+    """The modules that carry deltas, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}

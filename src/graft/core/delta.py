@@ -1,0 +1,264 @@
+"""The core: a delta is a function wrapped around another function.
+
+    y  = delta(inner, x)     what the adapted module computes; `inner` is what was there before
+    W' = delta.weight(W)     optional: the same, seen as a change of the host's matrix
+
+A host keeps its identity, parameters and parameter names. While it carries deltas, its class is a subclass of its
+own class (as in torch.nn.utils.parametrize) whose `forward` runs the chain of deltas; when the last one leaves, the
+class is put back and nothing remains.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraftError
+
+METHODS: dict[str, type["Delta"]] = {}
+
+
+class Paper(NamedTuple):
+    """Where a method comes from."""
+
+    title: str
+    authors: str
+    year: int
+    url: str
+
+
+class _MethodType(type):
+    """`LoRA(rank=8)` describes an adaptation (a Recipe); `LoRA(site, rank=8)` builds it at one site."""
+
+    def __call__(cls, *args, **hyper) -> Any:
+        if args:
+            return super().__call__(*args, **hyper)
+        from .recipe import Recipe
+
+        return Recipe(cls, hyper)
+
+
+class Delta(nn.Module, metaclass=_MethodType):
+    """One adaptation at one site. Subclass it once per method, in one file under `graft/methods/`.
+
+    The keyword-only arguments of `__init__` are the method's hyperparameters (see `hyper.py`): command line, saved
+    configuration and documentation are derived from them. Write `forward`, or `weight` (`forward` then follows), or
+    both: `weight` makes the method mergeable, `forward` spares the full-size W'. The contract test compares the two.
+    Tensors are created in float32 on the CPU; the adapter moves them, and keeps float32 beside a half-precision base.
+    """
+
+    name: str = ""
+    papers: tuple[Paper, ...] = ()
+    version = 1  # raised when saved files of the method change their meaning
+    hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which the method is right
+    targets: Any = "all-linear"  # where it goes unless the user says otherwise
+    needs: tuple[str, ...] = ()  # statistics to collect before construction, see statistics.py
+    starts_as_base = True  # whether the adapted model computes what the base computes before training
+    place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
+    small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
+    peft: Any = None  # how Hugging Face PEFT stores it, see peft.py
+    graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+
+    def __init_subclass__(cls, name: str = "", **kwargs):
+        super().__init_subclass__(**kwargs)
+        if name:
+            cls.name = name
+            METHODS[name] = cls
+
+    def __init__(self, site, shared: nn.Module | None = None):
+        super().__init__()
+        self.__dict__.update(site=site, shared=shared)  # plain references, never registered here
+
+    def forward(self, inner, x):
+        return self.site.apply(x, self.weight(inner.weight), self.bias(inner.bias))
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W' for the matrix w [out, in]; pure. Not for deltas of activations."""
+        raise GraftError(
+            f"{self.name} at {self.site.path or 'the model'} cannot be merged: it is no change of a weight"
+        )
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """b' for the bias b [out], or None where there is none; pure."""
+        return b
+
+    @classmethod
+    def mergeable(cls) -> bool:
+        return cls.weight is not Delta.weight
+
+    @classmethod
+    def refuses(cls, site) -> str | None:
+        """Why the method cannot work at `site` although its kind fits, or None. Presets leave such sites out."""
+
+    @classmethod
+    def share(cls, sites: list, **hyper) -> nn.Module | None:
+        """Build the module which the deltas of all `sites` use together, if the method has one."""
+
+    @classmethod
+    def step(cls, deltas: list, progress: float) -> None:
+        """Follow a schedule (rank, mask, temperature): after backward, before the optimiser's step.
+
+        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid.
+        """
+
+    @classmethod
+    def penalty(cls, deltas: list) -> Tensor | None:
+        """A scalar to add to the loss, if the method has one."""
+
+
+class Edit(Delta):
+    """A delta of activations: h' = edit(h, x), with h the host's (first) output and x its first input."""
+
+    hosts = ("linear", "module")
+
+    def edit(self, h: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, inner, *args, **kwargs):
+        out = inner(*args, **kwargs)
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(out, tuple):
+            return (self.edit(out[0], x), *out[1:])
+        return self.edit(out, x)
+
+
+class Host:
+    """The innermost link: the host's own function, matrix and bias."""
+
+    def __init__(self, site, call: Callable):
+        self.site, self.call = site, call
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    weight = property(lambda self: self.site.weight)
+    bias = property(lambda self: self.site.bias)
+
+
+class Link:
+    """What a delta sees as `inner` when another delta lies inside."""
+
+    def __init__(self, inner, delta: Delta):
+        self.inner, self.delta = inner, delta
+
+    def __call__(self, *args, **kwargs):
+        return self.delta(self.inner, *args, **kwargs)
+
+    weight = property(lambda self: self.delta.weight(self.inner.weight))
+    bias = property(lambda self: self.delta.bias(self.inner.bias))
+
+
+class Deltas(nn.ModuleDict):
+    """The deltas at one host, by the name of their adapter."""
+
+    graft_owned = True
+
+
+class Adapted(nn.Module):
+    """Mixed into the class of a host while it carries deltas.
+
+    `deltas` are those mounted; `chain` is the function which runs the linked ones, innermost first.
+    """
+
+    host_class: type
+    host_forward: Callable | None  # a forward which was set on the instance (accelerate does that)
+    site: Any
+    deltas: Any  # Deltas
+    linked: tuple[str, ...]
+    chain: Any
+
+    def relink(self, names: Iterable[str]) -> None:
+        """Run the deltas of the adapters `names`, the first one innermost."""
+        self.linked = tuple(name for name in names if name in self.deltas)
+        own = self.host_forward or types.MethodType(self.host_class.forward, self)
+        deltas = [self.deltas[name] for name in self.linked]
+        self.chain = functools.reduce(Link, [d for d in deltas if d.place == "forward"], Host(self.site, own))
+        self.site.relinked(deltas)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("chain", "product")}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.relink(self.linked)
+
+    def __reduce_ex__(self, protocol):
+        return _blank, (self.host_class,), self.__getstate__()
+
+
+def _blank(host_class: type):
+    cls = adapted_class(host_class)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def adapted_class(cls: type) -> type:
+    """The subclass of `cls` that runs deltas; it keeps the name and the signature, which transformers reads."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        return self.chain(*args, **kwargs)
+
+    body = {"host_class": cls, "forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (Adapted, cls), body)
+
+
+def mount(name: str, delta: Delta) -> None:
+    """Put `delta` at its host; `relink` then decides which deltas run, and in which order."""
+    host = delta.site.module
+    if not isinstance(host, Adapted):
+        if taken := [a for a in ("deltas", "chain", "linked", "site", "host_forward") if hasattr(host, a)]:
+            raise GraftError(f"{delta.site.path} ({type(host).__name__}) has an attribute {taken[0]!r} of its own")
+        own = host.__dict__.pop("forward", None)
+        host.__class__ = adapted_class(type(host))
+        host.__dict__.update(host_forward=own, site=delta.site, linked=())
+        host.deltas = Deltas()
+    host.deltas[name] = delta
+
+
+def unmount(name: str, delta: Delta) -> None:
+    """Take `delta` away; the last one to leave restores the host exactly."""
+    host = delta.site.module
+    if type(host) is not adapted_class(host.host_class):
+        raise GraftError(
+            f"{delta.site.path}: its class became {type(host).__name__} after the delta was mounted "
+            f"(FSDP, parametrize?); undo that first"
+        )
+    del host.deltas[name]
+    host.relink(n for n in host.linked if n != name)
+    if not host.deltas:
+        strip(host)
+
+
+def strip(host: Adapted) -> None:
+    """Put the class and the attributes of a host back as they were."""
+    own, host.__class__ = host.host_forward, host.host_class
+    del host.deltas
+    for attribute in ("chain", "linked", "site", "host_forward"):
+        host.__dict__.pop(attribute, None)
+    if own is not None:
+        host.forward = own
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without the deltas on it and in it."""
+    twin = copy.deepcopy(module)
+    for m in list(twin.modules()):
+        if isinstance(m, Adapted):
+            m.relink(())
+            strip(m)
+    return twin
+
+
+def frozen_parameters(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module that do not belong to an adapter."""
+    owned = {id(p) for m in module.modules() if getattr(m, "graft_owned", False) for p in m.parameters()}
+    return [p for p in module.parameters() if id(p) not in owned]
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

@@ -1,0 +1,127 @@
+"""Merging: the plain weights which compute what the adapted model computes. The base's own tensors are never written.
+
+W' = delta_n(... delta_1(W)) for the deltas which run at a host, innermost first. A merge is a new state dict, or new
+parameters put in the place of the old ones, which are kept: undoing it brings the very bits back.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import adapted_hosts, base_parameters, registry
+from .delta import Adapted, is_finite
+from .errors import GraftError
+from .site import rounding_loss
+
+SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warns
+
+
+@dataclass
+class Merge:
+    """A merge done in place. `undo()` puts the base's own parameters and its adapters back."""
+
+    model: nn.Module
+    lost: dict[str, float]  # by host, the share of the change which rounding to the base's dtype lost
+    names: tuple[str, ...] = ()
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        for module, name, parameter in self.kept:
+            module._parameters[name] = parameter
+        self.kept.clear()
+        found = registry(self.model)
+        if found:
+            found.activate(self.names)
+
+    def __enter__(self):
+        return self.model
+
+    def __exit__(self, *_):
+        self.undo()
+
+
+@torch.no_grad()
+def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """{path: {tensor name: merged value in the host's layout and dtype}} and what rounding lost, by path."""
+    values: dict[str, dict[str, Tensor]] = {}
+    lost: dict[str, float] = {}
+    for path, host in adapted_hosts(model).items():
+        if not host.linked:
+            continue
+        deltas = [host.deltas[name] for name in host.linked]
+        for delta in deltas:
+            if not delta.mergeable():
+                raise GraftError(
+                    f"{delta.name} at {path or 'the model'} cannot be merged: it is no change of a weight. "
+                    f"Keep it as an adapter, or disable it first"
+                )
+            if not is_finite(delta.state_dict().values()):
+                raise GraftError(f"{delta.name} at {path} holds NaN or infinity: nothing was merged")
+        site = host.site
+        exact = host.chain.weight
+        b = host.chain.bias
+        if b is not None and site.bias is None:
+            raise GraftError(f"{path} has no bias to take the one of {deltas[-1].name}: keep it as an adapter")
+        if not (is_finite([exact]) and (b is None or is_finite([b]))):
+            raise GraftError(f"merging {deltas[-1].name} at {path} gives NaN or infinity: nothing was merged")
+        own = dict(host.named_parameters(recurse=False))
+        lost[path] = rounding_loss(exact, site.weight, site.where().dtype)
+        values[path] = {k: v.to(own[k].dtype).clone() for k, v in site.layout(exact, b).items()}
+    worst = max(lost, key=lambda p: lost[p], default=None)
+    if worst is not None and lost[worst] > SWALLOWED:
+        count = sum(v > SWALLOWED for v in lost.values())
+        warnings.warn(
+            f"merging into {site_dtype(model, worst)} loses {lost[worst]:.0%} of the change at {worst} to rounding, "
+            f"and over {SWALLOWED:.0%} at {count} of {len(lost)} modules: merge into a float32 copy of the base instead",
+            stacklevel=3,
+        )
+    return values, lost
+
+
+def site_dtype(model: nn.Module, path: str) -> str:
+    return str(model.get_submodule(path).weight.dtype).removeprefix("torch.")
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The plain checkpoint (host names, layout and dtype) which computes what the adapted model computes.
+
+    The model is not changed. A matrix that was tied to another one (lm_head to the embedding) is no longer tied in
+    the result: load it into a model with `tie_word_embeddings=False`.
+    """
+    values, _ = _merged(model)
+    base = base_parameters(model)
+    buffers = {k for k, _ in model.named_buffers()}
+    owned = [f"{p}." if p else "" for p, m in model.named_modules() if getattr(m, "graft_owned", False)]
+    keep = {
+        k: v
+        for k, v in model.state_dict().items()
+        if (k in base or k in buffers or not any(k.startswith(o) for o in owned))
+        and not any(k.startswith(o) for o in owned)
+    }
+    for path, tensors in values.items():
+        keep.update({f"{path}.{k}" if path else k: v for k, v in tensors.items()})
+    return keep
+
+
+def merge(model: nn.Module) -> Merge:
+    """Merge the running adapters in place: hosts get new parameters, the adapters stay on the model without effect.
+
+    The base's parameters are kept, not recomputed: `merge(model).undo()` brings their bits back. A warning tells
+    when rounding to the base's dtype would swallow more than a tenth of the change.
+    """
+    values, lost = _merged(model)
+    found = registry(model)
+    if found is None:
+        raise GraftError(f"{type(model).__name__} carries no adapter")
+    done = Merge(model, lost, found.active)
+    for path, tensors in values.items():
+        host: Adapted = model.get_submodule(path)  # type: ignore[assignment]
+        for name, value in tensors.items():
+            old = host._parameters[name]
+            assert old is not None
+            done.kept.append((host, name, old))
+            host._parameters[name] = nn.Parameter(value, requires_grad=False)
+    found.activate(())
+    return done

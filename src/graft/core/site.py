@@ -1,0 +1,305 @@
+"""Sites: what a delta may know of its host, and the linear maps it may apply there.
+
+A host is any module. Hosts which own a matrix show it as [out, in], whatever their layout, so that a method written
+once works on nn.Linear, GPT-2's Conv1D, convolutions, embeddings and quantised layers. A new kind of host is one more
+class here; no method changes.
+
+Precision: a delta keeps float32 tensors beside a half-precision base. Every map below computes in the dtype of its
+input and casts the delta's small tensors to it, so that no activation is kept twice for backward.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import GraftError
+
+KINDS: dict[str, type["Site"]] = {}  # qualified class name -> site; by name, so that optional libraries need no import
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    vectors = all(p.dim() == 1 for p in own.values())
+    return "weight" in own and vectors and "norm" in type(module).__name__.lower() and not any(module.children())
+
+
+def _site_class(module: nn.Module) -> type["Site"]:
+    base = getattr(module, "host_class", type(module))
+    for cls in base.__mro__:
+        if found := KINDS.get(_qualified(cls)):
+            return found
+    if _is_norm(module):
+        return NormSite
+    return FusedSite if any(p.dim() == 3 for p in module.parameters(recurse=False)) else Site
+
+
+def kind_of(module: nn.Module) -> str:
+    """linear, conv, embedding, norm, fused (matrices stacked in one 3-d parameter), or module (anything else)."""
+    return _site_class(module).kind
+
+
+def site_for(path: str, module: nn.Module, hosts: tuple[str, ...] = ("module",), **position) -> "Site":
+    """The site of `module` for a method that works on the kinds `hosts`."""
+    if path == "" and "model" in hosts:
+        return ModelSite(path, module, **position)
+    if "attention" in hosts:
+        from .attention import AttentionSite
+
+        return AttentionSite(path, module, **position)
+    cls = _site_class(module)
+    if cls.kind not in hosts and "module" in hosts and cls.kind != "fused":
+        cls = Site
+    return cls(path, module, **position)
+
+
+class Site:
+    """Module `module` at `path`, number `index` of the `count` chosen ones; `stats` is what the method needs."""
+
+    kind = "module"
+
+    def __init__(self, path: str, module: nn.Module, index: int = 0, count: int = 1, stats: dict | None = None):
+        self.path, self.module, self.index, self.count, self.stats = path, module, index, count, stats or {}
+
+    def __init_subclass__(cls, hosts: tuple = (), **kwargs):
+        super().__init_subclass__(**kwargs)
+        KINDS.update({host if isinstance(host, str) else _qualified(host): cls for host in hosts})
+
+    def where(self) -> Tensor:
+        """A tensor with the device and dtype in which the host computes."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        return torch.empty(0)
+
+    @property
+    def width(self) -> int:
+        """Number of output features: as observed (statistics), else that of the last matrix inside."""
+        if seen := self.stats.get("width"):
+            return seen
+        inside = [m for m in self.module.modules() if not getattr(m, "graft_owned", False)]
+        matrices = [m for m in inside if kind_of(m) in ("linear", "conv")]
+        if matrices:
+            return site_for("", matrices[-1], ("linear", "conv")).d_out
+        raise GraftError(f"{self.path}: the size of its output cannot be told; collect the statistic 'width' first")
+
+    def relinked(self, deltas: list) -> None:
+        """Called when the deltas that run at the host change."""
+
+    def _no_matrix(self) -> Any:
+        raise GraftError(
+            f"{self.path or 'the model'} is a {type(self.module).__name__}, which owns no matrix: "
+            f"choose Linear, Conv1D, Conv2d or Embedding modules for a weight delta"
+        )
+
+    weight: Any = property(_no_matrix)
+    d_in: Any = property(_no_matrix)
+    d_out: Any = property(_no_matrix)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+
+class ModelSite(Site):
+    """The model itself, path "": for prompts and changes of logits."""
+
+    kind = "model"
+
+
+class FusedSite(Site):
+    """Matrices of several experts kept as one 3-d parameter: no single matrix to adapt."""
+
+    kind = "fused"
+
+
+class LinearSite(Site, hosts=(nn.Linear,)):
+    """y = x W^T + b over the last axis, W [out, in]."""
+
+    kind = "linear"
+    d_out = width = property(lambda self: self.module.weight.shape[0])
+    d_in = property(lambda self: self.module.weight.shape[1])
+    weight = property(lambda self: self.module.weight)
+
+    def where(self):
+        return self.module.weight
+
+    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The host's own map with the matrix w [out, in] in place of W."""
+        return F.linear(x, w.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """k features of the input: the host's map with the matrix a [k, in]."""
+        return F.linear(x, a.to(x.dtype))
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """The matrix b [out, k] on the k features of h."""
+        return F.linear(h, b.to(h.dtype))
+
+    def add_up(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """y + up(h, b)."""
+        return y + self.up(h, b)
+
+    def scale(self, h: Tensor, v: Tensor | float) -> Tensor:
+        """The channels of an output or of features h times the vector v."""
+        return h * (self._shape(v.to(h.dtype), h) if isinstance(v, Tensor) else v)
+
+    def shift(self, h: Tensor, v: Tensor) -> Tensor:
+        """The channels of an output or of features h plus the vector v."""
+        return h + self._shape(v.to(h.dtype), h)
+
+    def _shape(self, v: Tensor, h: Tensor) -> Tensor:
+        return v
+
+    def layout(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """The tensors of a checkpoint for the matrix w [out, in] and bias b."""
+        return {"weight": w} if b is None else {"weight": w, "bias": b}
+
+
+class Conv1DSite(LinearSite, hosts=("transformers.pytorch_utils.Conv1D",)):
+    """GPT-2's layer keeps W as [in, out]."""
+
+    d_out = width = property(lambda self: self.module.weight.shape[1])
+    d_in = property(lambda self: self.module.weight.shape[0])
+    weight = property(lambda self: self.module.weight.T)
+
+    def layout(self, w, b):
+        return super().layout(w.T.contiguous(), b)
+
+
+class EmbeddingSite(LinearSite, hosts=(nn.Embedding,)):
+    """y = W[:, token], a linear map of one-hot inputs: W is [dim, vocabulary]. Some models scale the output."""
+
+    kind = "embedding"
+    d_out = width = property(lambda self: self.module.weight.shape[1])
+    d_in = property(lambda self: self.module.weight.shape[0])
+    weight = property(lambda self: self.module.weight.T)
+    bias = None
+
+    def apply(self, x, w, bias=None):
+        return self.down(x, w)
+
+    def down(self, x, a):
+        h = F.embedding(x, a.T).to(self.module.weight.dtype)
+        scale = getattr(self.module, "embed_scale", None)
+        return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
+
+    def layout(self, w, b):
+        return {"weight": w.T.contiguous()}
+
+
+class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    """A convolution is a linear map of patches: W is [out, in / groups * kernel]."""
+
+    kind = "conv"
+    d_in = property(lambda self: self.module.weight[0].numel())
+    weight = property(lambda self: self.module.weight.flatten(1))
+
+    def apply(self, x, w, bias=None):
+        kernel = w.view(w.shape[0], *self.module.weight.shape[1:]).to(x.dtype)
+        return self.module._conv_forward(x, kernel, bias if bias is None else bias.to(x.dtype))
+
+    def down(self, x, a):  # each group sees all k filters: [groups * k] features
+        return self.apply(x, a.repeat(self.module.groups, 1) if self.module.groups > 1 else a)
+
+    def up(self, h, b):
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.module.weight.dim() - 3]
+        kernel = b.view(*b.shape, *[1] * (self.module.weight.dim() - 2)).to(h.dtype)
+        return conv(h, kernel, groups=self.module.groups)
+
+    def _shape(self, v, h):
+        channels = h.shape[1 - self.module.weight.dim()]
+        if channels != len(v):
+            v = v.repeat(channels // len(v))
+        return v.view(-1, *[1] * (self.module.weight.dim() - 2))
+
+    def layout(self, w, b):
+        return super().layout(w.reshape(self.module.weight.shape), b)
+
+
+class NormSite(LinearSite):
+    """y = n(x) g + b per channel: `weight` is the gain g [d] in effect, also where the module keeps g - 1 (Gemma)."""
+
+    kind = "norm"
+    d_out = d_in = width = property(lambda self: len(self.module.weight))
+
+    @property
+    def offset(self) -> float:
+        """1 where the module computes n(x) (1 + weight), else 0: seen by running it with a weight of zero."""
+        if "offset" not in self.__dict__:
+            own = self.module.weight
+            with torch.no_grad():
+                probe = torch.linspace(-1, 1, own.numel(), dtype=own.dtype, device=own.device)
+                plain = {k: torch.zeros_like(v) for k, v in self.module.named_parameters(recurse=False)}
+                self.__dict__["offset"] = float(bool(self._call(plain, probe[None]).abs().sum() > 0))
+        return self.__dict__["offset"]
+
+    def _call(self, tensors, x):
+        with_own_forward = getattr(self.module, "host_class", type(self.module)).forward
+        return functional_call(_Bound(self.module, with_own_forward), {f"module.{k}": v for k, v in tensors.items()}, x)
+
+    @property
+    def weight(self):
+        return self.module.weight + self.offset if self.offset else self.module.weight
+
+    def apply(self, x, w, bias=None):
+        kind = getattr(self.module, "host_class", type(self.module))
+        if kind is nn.LayerNorm:
+            bias = bias if bias is None else bias.to(x.dtype)
+            return F.layer_norm(x, self.module.normalized_shape, w.to(x.dtype), bias, self.module.eps)
+        return self._call(self.layout(w, bias), x)
+
+    def layout(self, w, b):
+        return super().layout(w - self.offset if self.offset else w, b)
+
+    def _shape(self, v, h):  # GroupNorm and BatchNorm hold channels in axis 1
+        module = self.module
+        return (
+            v
+            if not hasattr(module, "num_groups") and not hasattr(module, "running_mean")
+            else v.view(-1, *[1] * (h.dim() - 2))
+        )
+
+
+class _Bound(nn.Module):
+    """Calls `forward` of the class of `module`, past the deltas mounted there."""
+
+    def __init__(self, module, forward):
+        super().__init__()
+        self.module = module
+        self.__dict__["call"] = forward
+
+    def forward(self, x):
+        return self.call(self.module, x)
+
+
+class QuantisedSite(LinearSite):
+    """Base for hosts with a coded weight; only weight paths ever decode it."""
+
+    d_out = width = property(lambda self: self.module.out_features)
+    d_in = property(lambda self: self.module.in_features)
+    weight = property(lambda self: self.decode())
+
+    def where(self):
+        return Site.where(self)
+
+    def decode(self) -> Tensor:
+        raise NotImplementedError
+
+    def layout(self, w, b):
+        raise GraftError(f"{self.path} is quantised ({type(self.module).__name__}): merge into the original checkpoint")
+
+
+def rounding_loss(exact: Tensor, before: Tensor, dtype: torch.dtype) -> float:
+    """The share of the change exact - before that storing it as `dtype` loses: ||round(W') - W'|| / ||W' - W||."""
+    exact, before = exact.double(), before.double()
+    change = torch.linalg.vector_norm(exact - before).item()
+    lost = torch.linalg.vector_norm(exact.to(dtype).double() - exact).item()
+    return lost / change if change and math.isfinite(change) else 0.0
