@@ -165,12 +165,14 @@ class Adapter:
         return kept
 
     @staticmethod
-    def _place(module: nn.Module, site: Site, dtype: torch.dtype | None) -> nn.Module:
+    def _place(module: Any, site: Site, dtype: torch.dtype | None) -> Any:
         where = site.where()
         wide = dtype or (torch.float64 if where.dtype == torch.float64 else torch.float32)
-        module.graft_owned = True  # type: ignore[assignment]
+        module.graft_owned = True
         module.train(site.module.training)
-        return module if (wide, where.device.type) == (torch.float32, "cpu") else module.to(where.device, wide)
+        tensors = (*module.parameters(), *module.buffers())
+        placed = all(t.device == where.device and (t.dtype == wide or not t.is_floating_point()) for t in tensors)
+        return module if placed else module.to(where.device, wide)
 
     # Life on the model
 

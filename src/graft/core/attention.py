@@ -8,6 +8,7 @@ masks are built as before.
 import copy
 import functools
 import sys
+from typing import Any
 
 from .delta import Delta, Host, Link
 from .errors import GraftError
@@ -23,7 +24,7 @@ class AttentionSite(Site):
 
     def __init__(self, path, module, **position):
         super().__init__(path, module, **position)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) is None:
             raise GraftError(
                 f"{path} ({type(module).__name__}) does not look its attention product up by name: "

@@ -12,7 +12,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class _MethodType(type):
             return super().__call__(*args, **hyper)
         from .recipe import Recipe
 
-        return Recipe(cls, hyper)
+        return Recipe(cast(type[Delta], cls), hyper)
 
 
 class Delta(nn.Module, metaclass=_MethodType):
@@ -51,6 +51,8 @@ class Delta(nn.Module, metaclass=_MethodType):
     Tensors are created in float32 on the CPU; the adapter moves them, and keeps float32 beside a half-precision base.
     """
 
+    site: Any
+    shared: Any
     name: str = ""
     papers: tuple[Paper, ...] = ()
     version = 1  # raised when saved files of the method change their meaning
@@ -59,6 +61,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     needs: tuple[str, ...] = ()  # statistics to collect before construction, see statistics.py
     starts_as_base = True  # whether the adapted model computes what the base computes before training
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
+    per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
@@ -71,7 +74,8 @@ class Delta(nn.Module, metaclass=_MethodType):
 
     def __init__(self, site, shared: nn.Module | None = None):
         super().__init__()
-        self.__dict__.update(site=site, shared=shared)  # plain references, never registered here
+        for key, value in {"site": site, "shared": shared}.items():
+            object.__setattr__(self, key, value)  # plain references, never registered here
 
     def forward(self, inner, x):
         return self.site.apply(x, self.weight(inner.weight), self.bias(inner.bias))
@@ -85,6 +89,10 @@ class Delta(nn.Module, metaclass=_MethodType):
     def bias(self, b: Tensor | None) -> Tensor | None:
         """b' for the bias b [out], or None where there is none; pure."""
         return b
+
+    def tensors(self, inner) -> dict[str, Tensor]:
+        """The host's own parameters by name, in its layout, with this delta merged in."""
+        return self.site.layout(self.weight(inner.weight), self.bias(inner.bias))
 
     @classmethod
     def mergeable(cls) -> bool:
@@ -120,7 +128,7 @@ class Edit(Delta):
 
     def forward(self, inner, *args, **kwargs):
         out = inner(*args, **kwargs)
-        x = args[0] if args else kwargs.get("hidden_states")
+        x = args[0] if args else kwargs["hidden_states"]
         if isinstance(out, tuple):
             return (self.edit(out[0], x), *out[1:])
         return self.edit(out, x)
@@ -150,6 +158,7 @@ class Link:
 
     weight = property(lambda self: self.delta.weight(self.inner.weight))
     bias = property(lambda self: self.delta.bias(self.inner.bias))
+    tensors = property(lambda self: self.delta.tensors(self.inner))
 
 
 class Deltas(nn.ModuleDict):
@@ -191,8 +200,7 @@ class Adapted(nn.Module):
 
 
 def _blank(host_class: type):
-    cls = adapted_class(host_class)
-    return cls.__new__(cls)
+    return object.__new__(adapted_class(host_class))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import adapted_hosts, base_parameters, registry
-from .delta import Adapted, is_finite
+from .delta import is_finite
 from .errors import GraftError
 from .site import rounding_loss
 
@@ -59,29 +59,25 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
                 )
             if not is_finite(delta.state_dict().values()):
                 raise GraftError(f"{delta.name} at {path} holds NaN or infinity: nothing was merged")
-        site = host.site
-        exact = host.chain.weight
-        b = host.chain.bias
-        if b is not None and site.bias is None:
-            raise GraftError(f"{path} has no bias to take the one of {deltas[-1].name}: keep it as an adapter")
-        if not (is_finite([exact]) and (b is None or is_finite([b]))):
+        exact = host.chain.tensors
+        own = {n: p for n, p in base_parameters(host).items() if n in exact}
+        if extra := exact.keys() - own.keys():
+            raise GraftError(f"{path} has no {extra.pop()} to take the one of {deltas[-1].name}: keep it as an adapter")
+        if not is_finite(exact.values()):
             raise GraftError(f"merging {deltas[-1].name} at {path} gives NaN or infinity: nothing was merged")
-        own = dict(host.named_parameters(recurse=False))
-        lost[path] = rounding_loss(exact, site.weight, site.where().dtype)
-        values[path] = {k: v.to(own[k].dtype).clone() for k, v in site.layout(exact, b).items()}
+        lost[path] = max(rounding_loss(exact[k], p, p.dtype) for k, p in own.items())
+        values[path] = {k: exact[k].to(p.dtype).clone() for k, p in own.items()}
     worst = max(lost, key=lambda p: lost[p], default=None)
     if worst is not None and lost[worst] > SWALLOWED:
         count = sum(v > SWALLOWED for v in lost.values())
+        dtype = next(iter(values[worst].values())).dtype
         warnings.warn(
-            f"merging into {site_dtype(model, worst)} loses {lost[worst]:.0%} of the change at {worst} to rounding, "
-            f"and over {SWALLOWED:.0%} at {count} of {len(lost)} modules: merge into a float32 copy of the base instead",
+            f"merging into {dtype} loses {lost[worst]:.0%} of the change at {worst} to rounding, "
+            f"and over {SWALLOWED:.0%} at {count} of {len(lost)} modules: "
+            f"merge into a float32 copy of the base instead",
             stacklevel=3,
         )
     return values, lost
-
-
-def site_dtype(model: nn.Module, path: str) -> str:
-    return str(model.get_submodule(path).weight.dtype).removeprefix("torch.")
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -117,11 +113,12 @@ def merge(model: nn.Module) -> Merge:
         raise GraftError(f"{type(model).__name__} carries no adapter")
     done = Merge(model, lost, found.active)
     for path, tensors in values.items():
-        host: Adapted = model.get_submodule(path)  # type: ignore[assignment]
         for name, value in tensors.items():
-            old = host._parameters[name]
+            inside, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(f"{path}.{inside}".strip("."))
+            old = owner._parameters[leaf]
             assert old is not None
-            done.kept.append((host, name, old))
-            host._parameters[name] = nn.Parameter(value, requires_grad=False)
+            done.kept.append((owner, leaf, old))
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     found.activate(())
     return done

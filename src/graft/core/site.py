@@ -25,15 +25,20 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _host_class(module: nn.Module) -> type:
+    """The class of a module without the deltas it may carry."""
+    return getattr(module, "host_class", type(module))
+
+
 def _is_norm(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
     vectors = all(p.dim() == 1 for p in own.values())
-    return "weight" in own and vectors and "norm" in type(module).__name__.lower() and not any(module.children())
+    leaf = all(getattr(m, "graft_owned", False) for m in module.children())
+    return "weight" in own and vectors and leaf and "norm" in type(module).__name__.lower()
 
 
 def _site_class(module: nn.Module) -> type["Site"]:
-    base = getattr(module, "host_class", type(module))
-    for cls in base.__mro__:
+    for cls in _host_class(module).__mro__:
         if found := KINDS.get(_qualified(cls)):
             return found
     if _is_norm(module):
@@ -64,6 +69,7 @@ class Site:
     """Module `module` at `path`, number `index` of the `count` chosen ones; `stats` is what the method needs."""
 
     kind = "module"
+    module: Any
 
     def __init__(self, path: str, module: nn.Module, index: int = 0, count: int = 1, stats: dict | None = None):
         self.path, self.module, self.index, self.count, self.stats = path, module, index, count, stats or {}
@@ -103,9 +109,7 @@ class Site:
     d_in: Any = property(_no_matrix)
     d_out: Any = property(_no_matrix)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+    bias: Any = property(lambda self: getattr(self.module, "bias", None))
 
 
 class ModelSite(Site):
@@ -230,28 +234,28 @@ class NormSite(LinearSite):
     kind = "norm"
     d_out = d_in = width = property(lambda self: len(self.module.weight))
 
-    @property
-    def offset(self) -> float:
+    def __init__(self, path, module, **position):
+        super().__init__(path, module, **position)
+        self.offset = 0.0 if _host_class(module).__module__.startswith("torch.nn") else self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> float:
         """1 where the module computes n(x) (1 + weight), else 0: seen by running it with a weight of zero."""
-        if "offset" not in self.__dict__:
-            own = self.module.weight
-            with torch.no_grad():
-                probe = torch.linspace(-1, 1, own.numel(), dtype=own.dtype, device=own.device)
-                plain = {k: torch.zeros_like(v) for k, v in self.module.named_parameters(recurse=False)}
-                self.__dict__["offset"] = float(bool(self._call(plain, probe[None]).abs().sum() > 0))
-        return self.__dict__["offset"]
+        own = self.module.weight
+        x = torch.linspace(-1, 1, own.numel(), dtype=own.dtype, device=own.device)
+        zero = {k: torch.zeros_like(v) for k, v in self.module.named_parameters(recurse=False)}
+        return float(bool(self._call(zero, x[None]).abs().sum() > 0))
 
     def _call(self, tensors, x):
-        with_own_forward = getattr(self.module, "host_class", type(self.module)).forward
-        return functional_call(_Bound(self.module, with_own_forward), {f"module.{k}": v for k, v in tensors.items()}, x)
+        bound = _Bound(self.module, _host_class(self.module).forward)
+        return functional_call(bound, {f"module.{k}": v for k, v in tensors.items()}, x)
 
     @property
     def weight(self):
         return self.module.weight + self.offset if self.offset else self.module.weight
 
     def apply(self, x, w, bias=None):
-        kind = getattr(self.module, "host_class", type(self.module))
-        if kind is nn.LayerNorm:
+        if _host_class(self.module) is nn.LayerNorm:
             bias = bias if bias is None else bias.to(x.dtype)
             return F.layer_norm(x, self.module.normalized_shape, w.to(x.dtype), bias, self.module.eps)
         return self._call(self.layout(w, bias), x)
@@ -271,10 +275,12 @@ class NormSite(LinearSite):
 class _Bound(nn.Module):
     """Calls `forward` of the class of `module`, past the deltas mounted there."""
 
+    call: Any
+
     def __init__(self, module, forward):
         super().__init__()
         self.module = module
-        self.__dict__["call"] = forward
+        object.__setattr__(self, "call", forward)
 
     def forward(self, x):
         return self.call(self.module, x)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def collect(
     needs = tuple(needs)
     if unknown := [n for n in needs if n not in NEEDS]:
         raise GraftError(f"no statistic is called {unknown[0]!r}; there are {', '.join(NEEDS)}")
-    hosts = dict(resolve(model, targets, ("linear", "conv", "embedding", "norm", "module")))
+    hosts: dict[str, Any] = dict(resolve(model, targets, ("linear", "conv", "embedding", "norm", "module")))
     stats: dict[str, dict] = defaultdict(dict)
     handles = []
 
@@ -56,7 +57,7 @@ def collect(
             raise GraftError(f"input_gram is defined for linear hosts; {path} is a {kind_of(host)}")
         handles.append(host.register_forward_hook(watch(path)))
     weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if "weight_grad" in needs else {}
-    flags = {w: w.requires_grad for w in weights.values()}
+    flags: dict[Tensor, bool] = {w: w.requires_grad for w in weights.values()}
     try:
         for w in flags:
             w.requires_grad_(True)

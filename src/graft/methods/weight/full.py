@@ -1,5 +1,10 @@
 """Full fine-tuning of chosen modules, as a delta: the base stays as it is beside it."""
 
+import copy
+from typing import Any
+
+from torch.func import functional_call
+
 from ...core.delta import Delta, bare_copy
 
 
@@ -13,12 +18,19 @@ class Full(Delta, name="full"):
     hosts = ("linear", "conv", "embedding", "norm", "module")
     targets = "head"
 
+    copy: Any
+
     def __init__(self, site):
         super().__init__(site)
         self.copy = bare_copy(site.module).requires_grad_(True)
 
     def forward(self, inner, *args, **kwargs):
-        return self.copy(*args, **kwargs)
+        if self.site.kind != "module":
+            return super().forward(inner, *args, **kwargs)
+        # The copy keeps float32 beside a half-precision base, and computes in the precision of the base.
+        wanted = self.site.where().dtype
+        cast = {n: p.to(wanted) for n, p in self.copy.named_parameters() if p.dtype != wanted}
+        return functional_call(self.copy, cast, args, kwargs) if cast else self.copy(*args, **kwargs)
 
     def weight(self, w):
         return self._own().weight
@@ -26,5 +38,10 @@ class Full(Delta, name="full"):
     def bias(self, b):
         return self._own().bias
 
+    def tensors(self, inner):
+        return dict(self.copy.named_parameters())
+
     def _own(self):
-        return type(self.site)(self.site.path, self.copy)
+        own = copy.copy(self.site)
+        own.module = self.copy
+        return own

@@ -1,0 +1,1 @@
+"""Deltas that contain deltas."""

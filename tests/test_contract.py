@@ -1,0 +1,450 @@
+"""The contract which every method keeps. A new method file is covered without touching this one: methods are found by
+registration, and run on every kind of host which they declare."""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import graft
+from graft import methods
+from graft.compose.bank import Bank, Route
+from graft.core.delta import METHODS, Delta, mount
+from graft.core.hyper import hyperparameters
+from graft.core.site import Site, site_for
+
+transformers = pytest.importorskip("transformers")
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+methods.load()
+NAMES = sorted(n for n, cls in METHODS.items() if cls.__module__.startswith("graft."))
+BIG = 64  # width of the host on which memory is looked at
+
+
+class Model(nn.Module):
+    """A model of one host, so that the target is always "host"."""
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.host = host
+
+    def forward(self, x):
+        return self.host(x)
+
+
+class MLP(nn.Module):
+    """A host of kind "module": hidden states to hidden states."""
+
+    def __init__(self, width=8, dtype=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 12, dtype=dtype), nn.Linear(12, width, dtype=dtype)
+
+    def forward(self, hidden_states):
+        return self.down(torch.tanh(self.up(hidden_states)))
+
+
+class Llama(nn.Module):
+    """A whole decoder, for methods that work on the attention product or on the model itself."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        config = transformers.LlamaConfig(
+            hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=20, use_cache=False,
+        )  # fmt: skip
+        self.host = transformers.LlamaForCausalLM(config).to(dtype)
+
+    def forward(self, x):
+        return self.host(input_ids=x).logits
+
+
+def hosts(dtype=torch.float64) -> dict:
+    """{label: (kind, model, target, input)}"""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=dtype)
+    images = torch.randn(3, 4, 6, 6, dtype=dtype)
+    ids = torch.randint(0, 16, (3, 5))
+    cases = {
+        "linear": ("linear", nn.Linear(8, 12, dtype=dtype), x),
+        "linear-without-bias": ("linear", nn.Linear(8, 12, bias=False, dtype=dtype), x),
+        "conv1d-of-gpt2": ("linear", Conv1D(12, 8).to(dtype), x),
+        "conv2d": ("conv", nn.Conv2d(4, 12, 2, padding=1, dtype=dtype), images),
+        "conv2d-grouped": ("conv", nn.Conv2d(4, 12, 2, groups=2, bias=False, dtype=dtype), images),
+        "embedding": ("embedding", nn.Embedding(16, 12, dtype=dtype), ids),
+        "layernorm": ("norm", nn.LayerNorm(8, dtype=dtype), x),
+        "rmsnorm": ("norm", nn.RMSNorm(8, dtype=dtype), x),
+        "module": ("module", MLP(dtype=dtype), x),
+    }
+    for _, host, _ in cases.values():
+        with torch.no_grad():
+            for p in host.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    made = {label: (kind, Model(host), "host", data) for label, (kind, host, data) in cases.items()}
+    torch.manual_seed(0)
+    llama = Llama(dtype)
+    made["attention"] = ("attention", llama, r"host\.model\.layers\.\d\.self_attn", ids)
+    made["model"] = ("model", llama.host, "", ids)
+    return made
+
+
+def adapt(name, model, target, x, jitter=0.3, **kw):
+    """A copy of the model with an adapter whose tensors are away from their start."""
+    cls = METHODS[name]
+    model = copy.deepcopy(model).eval()
+    stats = None
+    if cls.needs:
+        stats = graft.collect(model, [x], cls.needs, target, loss=lambda m, b: m(b).square().mean())
+    adapter = graft.attach(model, name, target, stats=stats, **(cls.small | kw))
+    move(adapter, jitter)
+    return model, adapter
+
+
+def move(adapter, jitter=0.3, seed=1):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(jitter * torch.randn_like(p))
+
+
+def run(model, x):
+    out = model(x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def fitting(name) -> list[str]:
+    """The hosts on which a method works: of a declared kind, and not refused for a reason of its own."""
+    cls = METHODS[name]
+    return [
+        label
+        for label, (kind, model, target, x) in hosts().items()
+        if kind in cls.hosts and not cls.refuses(_site(model, target, cls))
+    ]
+
+
+def _site(model, target, cls) -> Site:
+    path, module = graft.core.targets.resolve(model, target, cls.hosts)[0]
+    return site_for(path, module, cls.hosts)
+
+
+import graft.core.targets  # noqa: E402
+
+FITS = {name: fitting(name) for name in NAMES}
+CASES = [(n, h) for n in NAMES for h in FITS[n]]
+MERGEABLE = [(n, h) for n, h in CASES if METHODS[n].mergeable()]
+each_case = pytest.mark.parametrize("name, host", CASES)
+WITH_WEIGHT = [(n, h) for n, h in MERGEABLE if h != "module"]
+each_weight = pytest.mark.parametrize("name, host", WITH_WEIGHT)
+each_merge = pytest.mark.parametrize("name, host", MERGEABLE)
+each_first = pytest.mark.parametrize("name", NAMES)
+
+
+@each_first
+def test_works_somewhere(name):
+    assert FITS[name], f"{name} declares {METHODS[name].hosts} and works on none of them"
+
+
+@each_case
+def test_starts_as_base(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, _ = adapt(name, model, target, x, jitter=0)
+    same = torch.allclose(run(adapted, x), run(model.eval(), x), rtol=1e-6, atol=1e-6)
+    assert same == METHODS[name].starts_as_base
+
+
+@each_case
+def test_gradients_reach_the_delta_and_only_it(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    run(adapted, x).sin().sum().backward()
+    for key, p in _parameters(adapter):
+        assert p.grad is not None and p.grad.abs().sum() > 0, f"no gradient at {key}"
+    own = {id(p) for p in adapter.parameters()}
+    assert all(p.grad is None for p in adapted.parameters() if id(p) not in own)
+
+
+def _parameters(adapter):
+    return [
+        (f"{path}:{n}", p) for path, m in adapter.modules().items() for n, p in m.named_parameters() if p.requires_grad
+    ]
+
+
+@each_weight
+def test_activation_path_is_the_weight_path(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    delta = next(iter(adapter.deltas.values()))
+    inputs = adapter.parameters()
+    if x.is_floating_point():
+        x = x.clone().requires_grad_()
+        inputs = [x, *inputs]
+    site = delta.site
+    ours, ref = run(adapted, x), site.apply(x, delta.weight(site.weight), delta.bias(site.bias))
+    torch.testing.assert_close(ours, ref)
+    theirs = torch.autograd.grad(ref.sin().sum(), inputs, allow_unused=True)
+    for a, r in zip(torch.autograd.grad(ours.sin().sum(), inputs), theirs):
+        torch.testing.assert_close(a, r)
+
+
+@each_merge
+def test_merged_is_adapted_and_undone_is_base(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, _ = adapt(name, model, target, x)
+    expect = run(adapted, x)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(graft.merged_state_dict(adapted))
+    torch.testing.assert_close(run(plain.eval(), x), expect)
+    before = {n: (p, p.detach().clone()) for n, p in adapted.named_parameters()}
+    with graft.merge(adapted):
+        torch.testing.assert_close(run(adapted, x), expect)
+    after = dict(adapted.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[n] is p and torch.equal(p, value) for n, (p, value) in before.items())
+    assert torch.equal(run(adapted, x), expect)
+
+
+@each_case
+def test_detach_leaves_no_trace(name, host):
+    _, model, target, x = hosts()[host]
+    model = copy.deepcopy(model).eval()
+    first = next(iter(model.parameters()))
+    first.requires_grad_(False)  # a flag of the user's, to come back as it was
+    picture = _picture(model)
+    y = run(model, x)
+    adapted, adapter = model, None
+    cls = METHODS[name]
+    stats = None
+    if cls.needs:
+        stats = graft.collect(model, [x], cls.needs, target, loss=lambda m, b: m(b).square().mean())
+    adapter = graft.attach(adapted, name, target, stats=stats, **cls.small)
+    move(adapter)
+    run(adapted, x).sum().backward()
+    with adapter.disabled():
+        assert torch.equal(run(adapted, x), y)
+    adapter.detach()
+    assert _picture(model) == picture
+    assert torch.equal(run(model, x), y)
+
+
+def _picture(model):
+    """Everything of a model that a stranger could see: classes, attributes, flags, bits."""
+    return [
+        (path, type(m), sorted(m.__dict__), sorted(m._modules), id(m.__dict__.get("config")), m.training, [
+            (n, id(p), p.requires_grad, p.detach().numpy().tobytes()) for n, p in m.named_parameters(recurse=False)
+        ])
+        for path, m in model.named_modules()
+    ]  # fmt: skip
+
+
+@each_case
+def test_copies_and_pickles_are_independent_and_equal(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    y = run(adapted, x)
+    twins = [copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))]
+    stream = io.BytesIO()
+    torch.save(adapted, stream)
+    stream.seek(0)
+    twins.append(torch.load(stream, weights_only=False))
+    move(adapter, 1.0)
+    assert not torch.equal(run(adapted, x), y)
+    for twin in twins:
+        assert torch.equal(run(twin, x), y)
+        graft.adapters(twin)["default"].detach()
+        assert torch.equal(run(twin, x), run(model.eval(), x))
+
+
+@each_case
+def test_saved_and_loaded_is_bit_identical(name, host, tmp_path):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    adapter.save(tmp_path / "adapter")
+    again = copy.deepcopy(model).eval()
+    loaded = graft.load(again, tmp_path / "adapter")
+    assert torch.equal(run(again, x), run(adapted, x))
+    assert loaded.recipe.hyper == adapter.recipe.hyper
+    loaded.detach()
+    assert torch.equal(run(again, x), run(model.eval(), x))
+
+
+@each_first
+def test_compiles_to_one_graph_once(name):
+    _, model, target, x = hosts(torch.float32)[FITS[name][0]]
+    adapted, adapter = adapt(name, model, target, x)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(adapted, fullgraph=True, backend=counter)
+    for step in range(3):
+        run(compiled, x).sum().backward()
+        adapter.step(step / 2)
+        move(adapter, 0.1, seed=step)
+    torch.testing.assert_close(run(compiled, x), run(adapted, x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "linear" in METHODS[n].hosts and n != "full"])
+def test_no_full_size_matrix_is_kept_for_backward(name):
+    if METHODS[name].forward is Delta.forward:
+        pytest.skip("has no activation path: W' is a function of W")
+    model = Model(nn.Linear(BIG, BIG + 32))
+    x = torch.randn(2, 3, BIG, requires_grad=True)
+    small = {k: v for k, v in METHODS[name].small.items() if k != "block"}
+    adapted, _ = adapt(name, model, "host", x, **small)
+    own = {t.untyped_storage().data_ptr() for t in (*adapted.parameters(), *adapted.buffers())}
+    kept = []
+
+    def pack(t):
+        if t.numel() >= model.host.weight.numel() and t.untyped_storage().data_ptr() not in own:
+            kept.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        adapted(x)
+    assert not kept, f"{name} keeps {kept}"
+
+
+@each_case
+def test_half_precision_base_keeps_float32_adapter(name, host):
+    _, model, target, x = hosts(torch.bfloat16)[host]
+    adapted, adapter = adapt(name, model, target, x, jitter=0.05)
+    assert {p.dtype for p in adapter.parameters()} <= {torch.float32}
+    y = run(adapted, x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for _, p in _parameters(adapter))
+
+
+@each_case
+def test_autocast(name, host):
+    _, model, target, x = hosts(torch.float32)[host]
+    adapted, _ = adapt(name, model, target, x, jitter=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, base = run(adapted, x), run(model.eval(), x)
+    assert y.dtype == base.dtype
+    y.float().square().sum().backward()
+    torch.testing.assert_close(y.float(), run(adapted, x), rtol=0.1, atol=0.1)
+
+
+@each_case
+@pytest.mark.parametrize("outside", [False, True])
+def test_stacks_with_another_method(name, host, outside):
+    _, model, target, x = hosts()[host]
+    other, other_target = ("lora", target)
+    if not set(METHODS["lora"].hosts) & {hosts()[host][0]}:
+        other, other_target = ("lora", r".*q_proj") if host in ("attention", "model") else ("full", target)
+    order = [(name, target), (other, other_target)]
+    adapted = copy.deepcopy(model).eval()
+    stats = None
+    if METHODS[name].needs:
+        stats = graft.collect(model, [x], METHODS[name].needs, target, loss=lambda m, b: m(b).square().mean())
+    made = {}
+    for n, t in order if outside else reversed(order):
+        made[n if n not in made else "again"] = graft.attach(
+            adapted, n, t, name=f"a{len(made)}", stats=stats if n == name else None, **METHODS[n].small
+        )
+    for i, adapter in enumerate(made.values()):
+        move(adapter, seed=i)
+    y = run(adapted, x)
+    hosting = next(iter(next(iter(made.values())).deltas.values())).site
+    deltas = [d for a in made.values() for d in a.deltas.values()]
+    if all(d.mergeable() for d in deltas) and len(deltas) == 2 and hosting.kind != "module":
+        chain = hosting.module.chain
+        torch.testing.assert_close(y, hosting.apply(x, chain.weight, chain.bias))
+    first, second = made.values()
+    with second.disabled():
+        alone = run(adapted, x)
+    assert not torch.equal(alone, y)
+    first.detach()
+    second.detach()
+    assert torch.equal(run(adapted, x), run(model.eval(), x))
+
+
+@each_case
+def test_gradient_checkpointing(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    plain = torch.autograd.grad(run(adapted, x).sin().sum(), adapter.parameters(), allow_unused=True)
+    again = torch.autograd.grad(
+        checkpoint(lambda v: run(adapted, v), x, use_reentrant=False).sin().sum(),
+        adapter.parameters(),
+        allow_unused=True,
+    )
+    for a, b in zip(plain, again):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+PER_ROW = [(n, h) for n, h in CASES if h not in ("attention", "model", "embedding") and METHODS[n].per_row]
+
+
+@pytest.mark.parametrize("name, host", PER_ROW)
+def test_rows_of_one_batch_use_different_deltas(name, host):
+    _, model, target, x = hosts()[host]
+    model = copy.deepcopy(model).eval()
+    singles = []
+    first = None
+    for seed in range(3):
+        adapted, adapter = adapt(name, model, target, x, jitter=0)
+        if first is not None and adapter.shared is not None:  # a bank needs one shared module
+            adapter.shared.load_state_dict(first.shared.state_dict())
+        first = first or adapter
+        move(adapter, seed=seed)
+        singles.append((adapted, next(iter(adapter.deltas.values()))))
+    order = [2, 0, 1]
+    expect = torch.stack([run(singles[i][0], x[row : row + 1])[0] for row, i in enumerate(order)])
+    route = Route()
+    bank = Bank(site_for("host", model.host, METHODS[name].hosts), route, deltas=[d for _, d in singles])
+    mount("bank", bank)
+    model.host.relink(["bank"])
+    route.ids = torch.tensor(order)
+    torch.testing.assert_close(run(model, x), expect)
+
+
+@each_first
+def test_bad_hyperparameters_are_refused(name):
+    cls = METHODS[name]
+    with pytest.raises(graft.GraftError, match="no hyperparameter 'nonsense'"):
+        cls(**cls.small, nonsense=1)
+    for key, hyper in hyperparameters(cls).items():
+        assert hyper.kinds, f"{name}: {key} has no type"
+        assert hyper.doc, f"{name}: {key} is not explained"
+        bad = [r.low - 1 for r in hyper.ranges if r.low > -1e300] + [r.above for r in hyper.ranges if r.above > -1e300]
+        for value in [*bad, object()]:
+            value = (
+                int(value) if int in hyper.kinds and not isinstance(value, object.__class__) and value in bad else value
+            )
+            with pytest.raises(graft.GraftError, match=key):
+                cls(**(cls.small | {key: value}))
+
+
+@each_first
+def test_is_documented(name):
+    cls = METHODS[name]
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    assert "=" in doc and "[" in doc, f"{name}: the docstring needs the formula and the shapes"
+    assert cls.papers or name == "full"
+    for paper in cls.papers:
+        assert paper.title and paper.authors and 1980 < paper.year < 2100 and paper.url.startswith("https://")
+
+
+@each_first
+def test_does_not_change_the_base(name):
+    _, model, target, x = hosts()[FITS[name][0]]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    adapted, adapter = adapt(name, model, target, x)
+    optimizer = torch.optim.SGD([p for _, p in _parameters(adapter)], 0.1)
+    run(adapted, x).sin().sum().backward()
+    optimizer.step()
+    now = adapted.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in before.items())
+
+
+def test_no_warning_on_import():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        methods.load()
