@@ -1,0 +1,73 @@
+"""Tiny models with random weights, for tests."""
+
+import torch
+from torch import nn
+
+
+def llama(dtype=torch.float32, layers=2, seed=0, **config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=layers,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(LlamaConfig(**(sizes | config))).to(dtype).eval()
+
+
+def gpt2(seed=0, **config):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64)
+    return GPT2LMHeadModel(GPT2Config(**(sizes | config))).eval()
+
+
+def bert(labels=3, seed=0, **config):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=4,
+        vocab_size=50,
+        num_labels=labels,
+        max_position_embeddings=64,
+    )
+    return BertForSequenceClassification(BertConfig(**(sizes | config))).eval()
+
+
+def tokens(rows=3, length=9, vocabulary=50, seed=0):
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def move(adapter, by=0.2, seed=1):
+    """Take an adapter away from its start, where it computes nothing."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(by * torch.randn_like(p))
+    return adapter
+
+
+def picture(model: nn.Module):
+    """Everything of a model that a stranger could see: classes, attributes, flags, bits."""
+    return [
+        (
+            path,
+            type(m),
+            sorted(m.__dict__),
+            sorted(m._modules),
+            m.training,
+            [(n, id(p), p.requires_grad, p.detach().cpu().view(torch.uint8).numpy().tobytes() if p.numel() else b"")
+             for n, p in m.named_parameters(recurse=False)],
+        )
+        for path, m in model.named_modules()
+    ]  # fmt: skip
