@@ -9,6 +9,7 @@ input and casts the delta's small tensors to it, so that no activation is kept t
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -139,6 +140,13 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         """The host's own map with the matrix w [out, in] in place of W."""
         return F.linear(x, w.to(x.dtype), bias if bias is None else bias.to(x.dtype))
 
+    def apply_formed(self, x: Tensor, form: Callable, w: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        """apply(x, form(w, *tensors), bias) that keeps x, w and `tensors` for backward and forms W' again there.
+
+        `form` is pure, and what it computes with besides its arguments is no tensor. It gets them in x's dtype.
+        """
+        return _Formed.apply(form, x, w, bias, *tensors)  # type: ignore[return-value]
+
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """k features of the input: the host's map with the matrix a [k, in]."""
         return F.linear(x, a.to(x.dtype))
@@ -190,6 +198,9 @@ class EmbeddingSite(LinearSite, hosts=(nn.Embedding,)):
     def apply(self, x, w, bias=None):
         return self.down(x, w)
 
+    def apply_formed(self, x, form, w, bias, *tensors):
+        return self.apply(x, form(w, *_to(w.dtype, tensors)), bias)  # a look-up keeps no matrix
+
     def down(self, x, a):
         h = F.embedding(x, a.T).to(self.module.weight.dtype)
         scale = getattr(self.module, "embed_scale", None)
@@ -209,6 +220,9 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
     def apply(self, x, w, bias=None):
         kernel = w.view(w.shape[0], *self.module.weight.shape[1:]).to(x.dtype)
         return self.module._conv_forward(x, kernel, bias if bias is None else bias.to(x.dtype))
+
+    def apply_formed(self, x, form, w, bias, *tensors):
+        return self.apply(x, form(w.to(x.dtype), *_to(x.dtype, tensors)), bias)
 
     def down(self, x, a):  # each group sees all k filters: [groups * k] features
         return self.apply(x, a.repeat(self.module.groups, 1) if self.module.groups > 1 else a)
@@ -270,6 +284,47 @@ class NormSite(LinearSite):
             if not hasattr(module, "num_groups") and not hasattr(module, "running_mean")
             else v.view(-1, *[1] * (h.dim() - 2))
         )
+
+
+def _to(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+class _Formed(torch.autograd.Function):
+    """x W'^T + b with W' = form(w, *tensors), which is formed twice instead of kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(form, x, w, bias, *tensors):
+        w, *tensors = _to(x.dtype, (w, *tensors))
+        return F.linear(x, form(w, *tensors), bias if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.form, x, w, bias, *tensors = inputs
+        ctx.save_for_backward(x, w, bias, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        g = grads[0]
+        x, w, bias, *tensors = ctx.saved_tensors
+        smooth = [
+            i for i, t in enumerate((w, *tensors)) if t.is_floating_point() and ctx.needs_input_grad[2 + i + (i > 0)]
+        ]
+
+        def formed(*moving):
+            fixed = [w, *tensors]
+            for i, t in zip(smooth, moving):
+                fixed[i] = t
+            return ctx.form(*_to(x.dtype, fixed))
+
+        matrix, pull = torch.func.vjp(formed, *((w, *tensors)[i] for i in smooth))
+        dw = g.flatten(0, -2).mT @ x.flatten(0, -2).to(g.dtype)
+        found = dict(zip(smooth, pull(dw.to(matrix.dtype))))
+        dx = (g @ matrix.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        db = g.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
+        return None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))
 
 
 class _Bound(nn.Module):
