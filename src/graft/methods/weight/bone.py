@@ -1,0 +1,44 @@
+"""Bone: Block-Affine Adaptation of Large Language Models. Kang, 2024."""
+
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.hyper import Range
+
+
+class Bone(Delta, name="bone"):
+    """W'_ij = W_ij + W_ij D_i + D_i for the [block, block] blocks of W: one affine map per row of blocks.
+
+    D [out / block, block, block] starts at zero. W' depends on W, so a step costs the product of full fine-tuning;
+    W' is formed again in backward instead of being kept. The same as PEFT's MiSS with init_weights="bat".
+    """
+
+    papers = (
+        Paper(
+            "Bone: Block-Affine Adaptation of Large Language Models", "Kang", 2024, "https://arxiv.org/abs/2409.15371"
+        ),
+    )
+    hosts = ("linear", "conv")
+    small = dict(block=4)
+
+    def __init__(self, site, *, block: Annotated[int, "side of the square blocks of W", Range(1)] = 32):
+        super().__init__(site)
+        if site.d_in % block or site.d_out % block:
+            raise GraftError(f"bone: block {block} must divide both sizes of {site.path} ({site.d_out} x {site.d_in})")
+        self.D = nn.Parameter(torch.zeros(site.d_out // block, block, block))
+
+    def forward(self, inner, x):
+        return self.site.apply_formed(x, _moved, inner.weight, self.bias(inner.bias), self.D)
+
+    def weight(self, w):
+        return _moved(w.to(torch.promote_types(w.dtype, self.D.dtype)), self.D)
+
+
+def _moved(w, D):
+    rows, b, _ = D.shape
+    tall = w.reshape(rows, -1, b)  # [out / b, b * in / b, b]: the blocks of a row on top of each other, mixed by line
+    return (torch.baddbmm(tall, tall, D).view(rows, b, -1, b) + D[:, :, None]).view(w.shape)

@@ -1,0 +1,62 @@
+"""HRA: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation. Yuan et al.,
+2024."""
+
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.hyper import Range
+
+
+class HRA(Delta, name="hra"):
+    """W' = W H_1 ... H_rank, H_i = I - 2 u_i u_i^T / ||u_i||^2: the inputs are reflected, u_i the columns of U [in, rank].
+
+    The product is I - U T U^T with T = (triu(G, 1) + diag(G) / 2)^-1, G = U^T U [rank, rank] (the compact WY form), so
+    that rank reflections cost two thin products: f(x - (x U) (U T)^T). Reflections start in equal pairs, whose product
+    is the identity. The columns need not be orthogonal (the paper's lambda = 0, PEFT's apply_GS=False).
+    """
+
+    papers = (
+        Paper(
+            "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
+            "Yuan et al.",
+            2024,
+            "https://arxiv.org/abs/2405.17484",
+        ),
+        Paper(
+            "Accumulating Householder Transformations, Revisited",
+            "Joffrain et al.",
+            2006,
+            "https://doi.org/10.1145/1141885.1141886",
+        ),
+    )
+    hosts = ("linear", "conv")
+    small = dict(rank=2)
+
+    def __init__(self, site, *, rank: Annotated[int, "number of reflections, an even one", Range(2)] = 8):
+        super().__init__(site)
+        if rank % 2:
+            raise GraftError(f"hra: rank must be even (reflections start in pairs), not {rank}")
+        half = torch.empty(site.d_in, rank // 2)
+        nn.init.kaiming_uniform_(half, a=5**0.5)
+        self.U = nn.Parameter(half.repeat_interleave(2, dim=1))
+
+    def back(self):
+        """U T [in, rank]."""
+        U = self.U
+        with torch.autocast(U.device.type, enabled=False):
+            G = U.mT @ U
+            half = G.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
+            return torch.linalg.solve_triangular(G.triu(1) + half, U, upper=True, left=False)
+
+    def forward(self, inner, x):
+        site, back = self.site, self.back()
+        if site.kind == "linear":
+            return inner(site.add_up(x, site.down(x, self.U.mT), -back))
+        return site.add_up(inner(x), site.down(x, self.U.mT), -(inner.weight @ back.to(inner.weight.dtype)))
+
+    def weight(self, w):
+        return w - (w.to(torch.promote_types(w.dtype, self.U.dtype)) @ self.back()) @ self.U.mT

@@ -1,0 +1,51 @@
+"""MiSS: Matrix Shard Sharing. Kang and Yin, 2024 (first versions of the paper were called Bone)."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.hyper import Range
+
+
+class MiSS(Delta, name="miss"):
+    """W' = W + [D^T D^T ... D^T], one shard D [rank, out] shared by all groups of `rank` inputs.
+
+    Computed as y + (sum_k x[k rank : (k + 1) rank]) D: the input is folded before one thin product. D starts at zero.
+    Where rank does not divide the number of inputs, the last shard is cut. Dropout falls on the input of the update.
+    """
+
+    papers = (
+        Paper(
+            "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure",
+            "Kang and Yin",
+            2024,
+            "https://arxiv.org/abs/2409.15371",
+        ),
+    )
+    hosts = ("linear",)
+    small = dict(rank=3)
+
+    def __init__(
+        self,
+        site,
+        *,
+        rank: Annotated[int, "size of a shard along the inputs", Range(1)] = 64,
+        dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
+    ):
+        super().__init__(site)
+        self.D = nn.Parameter(torch.zeros(rank, site.d_out))
+        self.dropout = dropout
+
+    def forward(self, inner, x):
+        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        rank = len(self.D)
+        if lacking := -z.shape[-1] % rank:
+            z = F.pad(z, (0, lacking))
+        return self.site.add_up(inner(x), z.unflatten(-1, (-1, rank)).sum(-2), self.D.T)
+
+    def weight(self, w):
+        shards = -(-w.shape[1] // len(self.D))
+        return w + self.D.T.repeat(1, shards)[:, : w.shape[1]]
