@@ -63,5 +63,5 @@ def test_equals_peft(host):
 
 
 def test_an_odd_rank_is_refused():
-    with pytest.raises(graft.GraftError, match="hra: rank must be even .* not 3"):
+    with pytest.raises(graft.GraftError, match=r"hra: rank must be even .* not 3"):
         graft.attach(nn.Sequential(nn.Linear(4, 4)), graft.HRA(rank=3), "0")

@@ -309,21 +309,23 @@ class _Formed(torch.autograd.Function):
     def backward(ctx, *grads):
         g = grads[0]
         x, w, bias, *tensors = ctx.saved_tensors
-        smooth = [
-            i for i, t in enumerate((w, *tensors)) if t.is_floating_point() and ctx.needs_input_grad[2 + i + (i > 0)]
-        ]
+        need_x, need_w, need_bias, *need = ctx.needs_input_grad[1:]
+        given = [w, *tensors]
+        moving = [i for i, needed in enumerate([need_w, *need]) if needed]
 
-        def formed(*moving):
-            fixed = [w, *tensors]
-            for i, t in zip(smooth, moving):
-                fixed[i] = t
-            return ctx.form(*_to(x.dtype, fixed))
+        def formed(*values):
+            now = dict(zip(moving, values))
+            return ctx.form(*_to(x.dtype, (now.get(i, t) for i, t in enumerate(given))))
 
-        matrix, pull = torch.func.vjp(formed, *((w, *tensors)[i] for i in smooth))
-        dw = g.flatten(0, -2).mT @ x.flatten(0, -2).to(g.dtype)
-        found = dict(zip(smooth, pull(dw.to(matrix.dtype))))
-        dx = (g @ matrix.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        db = g.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
+        found = {}
+        if moving:
+            matrix, pull = torch.func.vjp(formed, *(given[i] for i in moving))[:2]
+            dw = g.flatten(0, -2).mT @ x.flatten(0, -2).to(g.dtype)
+            found = dict(zip(moving, pull(dw.to(matrix.dtype))))
+        else:
+            matrix = formed()
+        dx = (g @ matrix.to(g.dtype)).to(x.dtype) if need_x else None
+        db = g.flatten(0, -2).sum(0).to(bias.dtype) if need_bias else None
         return None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))
 
 

@@ -12,11 +12,12 @@ from ...core.hyper import Range
 
 
 class HRA(Delta, name="hra"):
-    """W' = W H_1 ... H_rank, H_i = I - 2 u_i u_i^T / ||u_i||^2: the inputs are reflected, u_i the columns of U [in, rank].
+    """W' = W H_1 ... H_rank with H_i = I - 2 u_i u_i^T / ||u_i||^2: the inputs are reflected.
 
-    The product is I - U T U^T with T = (triu(G, 1) + diag(G) / 2)^-1, G = U^T U [rank, rank] (the compact WY form), so
-    that rank reflections cost two thin products: f(x - (x U) (U T)^T). Reflections start in equal pairs, whose product
-    is the identity. The columns need not be orthogonal (the paper's lambda = 0, PEFT's apply_GS=False).
+    The u_i are the columns of U [in, rank]. The product is I - U T U^T with T = (triu(G, 1) + diag(G) / 2)^-1 and
+    G = U^T U [rank, rank] (the compact WY form), so that all reflections cost two thin products: f(x - (x U) (U T)^T).
+    They start in equal pairs, whose product is the identity. The columns need not be orthogonal to each other (the
+    paper's lambda = 0, PEFT's apply_GS=False).
     """
 
     papers = (

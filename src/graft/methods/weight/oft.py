@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
@@ -30,6 +30,7 @@ class OFT(Delta, name="oft"):
     )
     hosts = ("linear", "conv")
     small = dict(block=4)
+    upper: Tensor
 
     def __init__(
         self,
