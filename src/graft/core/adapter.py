@@ -186,9 +186,6 @@ class Adapter:
         model, found = self.model, registry(self.model)
         if found and self.name in found.adapters:
             raise GraftError(f"the model has an adapter called {self.name!r} already: detach it or choose another name")
-        shared_name = f"shared_{self.name}"
-        if self.shared is not None and hasattr(model, shared_name):
-            raise GraftError(f"{type(model).__name__} has an attribute {shared_name!r} of its own: choose another name")
         if found is None:
             found = model.__dict__[_HOME] = Registry(model)
             for p in found.trainable:
@@ -203,7 +200,7 @@ class Adapter:
             self._leave(done)
             raise
         if self.shared is not None:
-            model.add_module(shared_name, self.shared)
+            self._keeper()[f"*{self.name}"] = self.shared
         found.adapters[self.name] = self
         found.activate((*found.active, self.name))
 
@@ -215,8 +212,12 @@ class Adapter:
         assert found
         found.activate(n for n in found.active if n != self.name)
         if self.shared is not None:
-            delattr(self.model, f"shared_{self.name}")
+            del self._keeper()[f"*{self.name}"]
         self._leave(self.deltas.values())
+
+    def _keeper(self) -> Any:
+        """Where the shared module is registered: beside the first delta, for the model may be a container."""
+        return next(iter(self.deltas.values())).site.module.deltas
 
     def _leave(self, deltas: Iterable[Delta]) -> None:
         found = registry(self.model)
@@ -324,7 +325,8 @@ HEADS = ("linear", "conv", "embedding", "norm", "module")
 def is_preset(targets) -> bool:
     from .targets import PRESETS
 
-    return isinstance(targets, str) and targets in PRESETS
+    picks = [targets] if isinstance(targets, str) else targets
+    return not callable(picks) and all(isinstance(pick, str) and pick in PRESETS for pick in picks)
 
 
 def _full() -> type[Delta]:

@@ -162,9 +162,13 @@ class Link:
 
 
 class Deltas(nn.ModuleDict):
-    """The deltas at one host, by the name of their adapter."""
+    """The deltas at one host, by the name of their adapter; "*" and the name: what the sites of the adapter share."""
 
     graft_owned = True
+
+    def forward(self, x):
+        """Nothing: a host which runs its children in turn (nn.Sequential) runs this one too."""
+        return x
 
 
 class Adapted(nn.Module):

@@ -1,0 +1,57 @@
+"""(IA)3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning. Liu et al., 2022."""
+
+import re
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+
+_ATTENTION = re.compile(r"(.*\.)?([qkvo]|qkv|query|key|value|out)(_proj)?")  # narrow with few key heads
+
+
+class IA3(Delta, name="ia3"):
+    """y' = l * f(x) for keys and values, y' = f(l * x) for the last matrix of the MLP; l [out] or [in] starts at one.
+
+    `on` chooses the side. "auto" scales the input where the host narrows (out < in) and is not one of the projections
+    of attention by name, which is the last matrix of an MLP, behind the activation; everywhere else the output.
+    """
+
+    papers = (
+        Paper(
+            "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+            "Liu et al.",
+            2022,
+            "https://arxiv.org/abs/2205.05638",
+        ),
+    )
+    hosts = ("linear", "conv")
+    targets = (
+        r"(k|v|key|value)(_proj)?|kv_proj|c_attn|(w|W)?qkv(_proj)?|query_key_value|"
+        r"down_proj|dense_4h_to_h|fc2|fc_out|w2|wo|mlp\.c_proj|(?<!attention\.)output\.dense"
+    )
+
+    def __init__(
+        self,
+        site,
+        *,
+        on: Annotated[Literal["auto", "output", "input"], "what is scaled: the output or the input"] = "auto",
+    ):
+        super().__init__(site)
+        if on == "auto":
+            down = site.kind == "linear" and site.d_out < site.d_in and not _ATTENTION.fullmatch(site.path)
+            on = "input" if down else "output"
+        self.on = on
+        self.l = nn.Parameter(torch.ones(site.inputs if on == "input" else site.d_out))
+
+    def forward(self, inner, x):
+        if self.on == "input":
+            return inner(self.site.scale(x, self.l))
+        return self.site.scale(inner(x), self.l)
+
+    def weight(self, w):
+        return w * (self.site.columns(self.l) if self.on == "input" else self.site.rows(self.l))
+
+    def bias(self, b):
+        return b if b is None or self.on == "input" else b * self.l

@@ -1,0 +1,35 @@
+"""LN tuning: the gains and biases of the normalisation layers."""
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+
+
+class LNTuning(Delta, name="ln_tuning"):
+    """y' = n(x) (g + c) + (b + d): gain g [d] and, where there is one, bias b [d] of the norms are trained.
+
+    c and d start at zero. Works on LayerNorm, RMSNorm and those which keep g - 1 (Gemma).
+    """
+
+    papers = (
+        Paper(
+            "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
+            "Zhao et al.",
+            2023,
+            "https://arxiv.org/abs/2312.11420",
+        ),
+    )
+    hosts = ("norm",)
+    targets = "norms"
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.c = nn.Parameter(torch.zeros(site.d_out))
+        self.d = nn.Parameter(torch.zeros(site.d_out)) if site.bias is not None else None
+
+    def weight(self, w):
+        return w + self.c
+
+    def bias(self, b):
+        return b if self.d is None else b + self.d
