@@ -131,6 +131,7 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     kind = "linear"
     d_out = width = property(lambda self: self.module.weight.shape[0])
     d_in = property(lambda self: self.module.weight.shape[1])
+    inputs = property(lambda self: self.d_in)  # channels of the input, which in a convolution are fewer than columns
     weight = property(lambda self: self.module.weight)
 
     def where(self):
@@ -168,6 +169,14 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         return h + self._shape(v.to(h.dtype), h)
 
     def _shape(self, v: Tensor, h: Tensor) -> Tensor:
+        return v
+
+    def rows(self, v: Tensor) -> Tensor:
+        """The vector v [out] shaped to multiply the rows of the matrix: scale(f(x), v) = f(x) with rows(v) * W."""
+        return v[:, None]
+
+    def columns(self, v: Tensor) -> Tensor:
+        """The vector v [inputs] shaped to multiply the columns of the matrix: f(scale(x, v)) = f(x), columns(v) * W."""
         return v
 
     def layout(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
@@ -215,6 +224,7 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
 
     kind = "conv"
     d_in = property(lambda self: self.module.weight[0].numel())
+    inputs = property(lambda self: self.module.in_channels)
     weight = property(lambda self: self.module.weight.flatten(1))
 
     def apply(self, x, w, bias=None):
@@ -237,6 +247,11 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if channels != len(v):
             v = v.repeat(channels // len(v))
         return v.view(-1, *[1] * (self.module.weight.dim() - 2))
+
+    def columns(self, v):
+        own = self.module.weight
+        of_group = v.view(self.module.groups, -1).repeat_interleave(own.shape[0] // self.module.groups, 0)
+        return of_group.repeat_interleave(own[0, 0].numel(), 1)
 
     def layout(self, w, b):
         return super().layout(w.reshape(self.module.weight.shape), b)
@@ -269,10 +284,14 @@ class NormSite(LinearSite):
         return self.module.weight + self.offset if self.offset else self.module.weight
 
     def apply(self, x, w, bias=None):
+        own = self.module.weight.dtype
         if _host_class(self.module) is nn.LayerNorm:
-            bias = bias if bias is None else bias.to(x.dtype)
-            return F.layer_norm(x, self.module.normalized_shape, w.to(x.dtype), bias, self.module.eps)
-        return self._call(self.layout(w, bias), x)
+            bias = bias if bias is None else bias.to(own)
+            return F.layer_norm(x, self.module.normalized_shape, w.to(own), bias, self.module.eps)
+        return self._call({k: v.to(own) for k, v in self.layout(w, bias).items()}, x)
+
+    def rows(self, v):
+        return v
 
     def layout(self, w, b):
         return super().layout(w - self.offset if self.offset else w, b)
