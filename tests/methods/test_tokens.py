@@ -141,5 +141,5 @@ def test_a_head_with_a_bias_keeps_it():
 
 @pytest.mark.parametrize("tokens", [(), (3, 3), (-1,), (12,), ("a",)])
 def test_ids_that_are_no_rows_are_refused(tokens):
-    with pytest.raises(graft.GraftError, match="tokens must be different ids below 12 at model.embed_tokens"):
+    with pytest.raises(graft.GraftError, match=r"tokens must be different ids below 12 at model.embed_tokens"):
         graft.attach(llama(), graft.Tokens(tokens=tokens), "embed_tokens")

@@ -32,4 +32,4 @@ class LNTuning(Delta, name="ln_tuning"):
         return w + self.c
 
     def bias(self, b):
-        return b if self.d is None else b + self.d
+        return b if b is None or self.d is None else b + self.d
