@@ -1,6 +1,6 @@
 """Attach, switch, save, load, merge and detach, against PEFT, in one run.
 
-    python benchmarks/lifecycle.py [--adapters 32] [--json FILE]
+python benchmarks/lifecycle.py [--adapters 32] [--json FILE]
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import peft
 import torch
-from harness import machine, table
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
+from harness import machine, table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -47,10 +47,14 @@ def measure(count: int) -> list[dict]:
     made = []
     wrapped: list = []
     for i in range(count):
-        attach_ours.append(timed(lambda i=i: made.append(graft.attach(ours, graft.LoRA(rank=8), TARGETS, name=f"a{i}"))))
+        attach_ours.append(
+            timed(lambda i=i: made.append(graft.attach(ours, graft.LoRA(rank=8), TARGETS, name=f"a{i}")))
+        )
         ours_only = made[-1]
         if i == 0:
-            attach_theirs.append(timed(lambda: wrapped.append(peft.get_peft_model(theirs, config(), adapter_name="a0"))))
+            attach_theirs.append(
+                timed(lambda: wrapped.append(peft.get_peft_model(theirs, config(), adapter_name="a0")))
+            )
         else:
             attach_theirs.append(timed(lambda i=i: wrapped[0].add_adapter(f"a{i}", config())))
         graft.activate(ours, ours_only.name)
@@ -108,7 +112,9 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = measure(args.adapters)
-    print(f"LoRA of rank 8 on the 56 linear layers of a Llama of 8 layers, width 512. {machine()}, peft {peft.__version__}\n")
+    print(
+        f"LoRA of rank 8 on the 56 linear layers of a Llama of 8 layers, width 512. {machine()}, peft {peft.__version__}\n"
+    )
     print(table(rows, ["", "graft, ms", "PEFT, ms", "graft / PEFT"]))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2))

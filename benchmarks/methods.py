@@ -15,14 +15,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from contestants import ADAPTERS, GRAFT, PEFT
 from handwritten import HAND
-from harness import in_turns, kept_for_backward, machine, ratio, table
 from rich.progress import track
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
+from contestants import ADAPTERS, GRAFT, PEFT
+from harness import in_turns, kept_for_backward, machine, ratio, table
 
 SIZES = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000)
 TOKENS = (4, 128)
@@ -106,7 +106,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=list(GRAFT), help=f"default: {' '.join(GRAFT)}")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--compile", action="store_true", help="compile the whole model (inductor); memory is not shown")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the whole model (inductor); memory is not shown"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -118,7 +120,8 @@ def main():
     for precision in args.precision:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         rows = [
-            contest(name, dtype, args.compile, args.rounds) for name in track(args.methods, f"{precision} ", transient=True)
+            contest(name, dtype, args.compile, args.rounds)
+            for name in track(args.methods, f"{precision} ", transient=True)
         ]
         results[precision] = rows
         used = [c for c in COLUMNS if any(c in row for row in rows)]

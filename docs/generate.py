@@ -21,7 +21,10 @@ def page() -> str:
         methods = catalogue(family)
         if not methods:
             continue
-        parts += [f"## {family.capitalize()}", "| method | what it computes | kinds of hosts | merges |\n|---|---|---|---|"]
+        parts += [
+            f"## {family.capitalize()}",
+            "| method | what it computes | kinds of hosts | merges |\n|---|---|---|---|",
+        ]
         parts[-1] += "".join(
             f"\n| [{m['name']}](#{m['name']}) | {cell(m['summary'])} | {', '.join(m['hosts'])} | "
             f"{'yes' if m['mergeable'] else 'no'} |"

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 # fmt: off
-# ruff: noqa: C408
 TEXT = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, attn_implementation="eager",

@@ -87,18 +87,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     the result: load it into a model with `tie_word_embeddings=False`.
     """
     values, _ = _merged(model)
-    base = base_parameters(model)
-    buffers = {k for k, _ in model.named_buffers()}
-    owned = [f"{p}." if p else "" for p, m in model.named_modules() if getattr(m, "graft_owned", False)]
-    keep = {
-        k: v
-        for k, v in model.state_dict().items()
-        if (k in base or k in buffers or not any(k.startswith(o) for o in owned))
-        and not any(k.startswith(o) for o in owned)
-    }
-    for path, tensors in values.items():
-        keep.update({f"{path}.{k}" if path else k: v for k, v in tensors.items()})
-    return keep
+    modules = list(model.named_modules(remove_duplicate=False))
+    owned = {path for path, m in modules if getattr(m, "graft_owned", False)}
+    inside = lambda key: any(key[:i] in owned for i, letter in enumerate(key) if letter == ".")
+    merged = {k: v for k, v in model.state_dict().items() if not inside(k)}
+    hosts = {id(model.get_submodule(path)): tensors for path, tensors in values.items()}
+    for path, module in modules:  # a module that occurs twice has two names
+        merged.update({f"{path}.{k}".lstrip("."): v for k, v in hosts.get(id(module), {}).items()})
+    return merged
 
 
 def merge(model: nn.Module) -> Merge:

@@ -1,13 +1,13 @@
 """A recipe: a method with its hyperparameters, before it meets a model."""
 
 import difflib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from .delta import METHODS, Delta
 from .errors import GraftError
 from .hyper import check, hyperparameters
+from .targets import matcher
 
 
 def method(name: str) -> type[Delta]:
@@ -23,13 +23,8 @@ def method(name: str) -> type[Delta]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression fits a module path or the end of it after a dot; "*" fits every path."""
-    if pattern == "*":
-        return True
-    try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
-    except re.error as error:
-        raise GraftError(f"{pattern!r} is no regular expression: {error}") from None
+    """Whether an entry of a table of hyperparameters counts at `path`; "*" fits every path."""
+    return pattern == "*" or matcher(pattern)(path) is not None
 
 
 @dataclass

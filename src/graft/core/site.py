@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import GraftError
 
@@ -38,13 +40,19 @@ def _is_norm(module: nn.Module) -> bool:
     return "weight" in own and vectors and leaf and "norm" in type(module).__name__.lower()
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """Several matrices in one parameter, unlike a class token [1, 1, d] or a transposed convolution."""
+    stacked = any(p is not None and p.dim() == 3 and len(p) > 1 for p in module._parameters.values())
+    return stacked and not isinstance(module, (_ConvNd, ParametrizationList))
+
+
 def _site_class(module: nn.Module) -> type["Site"]:
     for cls in _host_class(module).__mro__:
         if found := KINDS.get(_qualified(cls)):
             return found
     if _is_norm(module):
         return NormSite
-    return FusedSite if any(p.dim() == 3 for p in module.parameters(recurse=False)) else Site
+    return FusedSite if _is_fused(module) else Site
 
 
 def kind_of(module: nn.Module) -> str:

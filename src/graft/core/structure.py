@@ -12,8 +12,6 @@ from itertools import accumulate
 from typing import Any
 
 from torch import backends, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .site import kind_of, site_for
 
@@ -34,7 +32,7 @@ class Node:
         self.index, self.end = index, index + 1
         self.cls = getattr(type(module), "host_class", type(module))  # without the deltas it may carry
         self.children: list[Node] = []
-        self.kind = _kind(module)
+        self.kind = kind_of(module) if module._parameters or module._buffers else "module"
 
     def __contains__(self, node: "Node") -> bool:
         return self.index <= node.index < self.end
@@ -206,15 +204,6 @@ class Tree:
         normed = any(n.kind == "norm" and len(n.module.weight) == width for n in inside)  # after adding the residual
         takes_residual = {"residual", "input_tensor"} & {*inspect.signature(home.cls.forward).parameters}
         return last if normed or takes_residual else home
-
-
-def _kind(module: nn.Module) -> str:
-    own = module._parameters
-    kind = kind_of(module) if own or module._buffers else "module"
-    if kind == "fused":  # several matrices in one parameter, unlike a class token [1, 1, d] or a transposed convolution
-        stacked = any(p is not None and p.dim() == 3 and len(p) > 1 for p in own.values())
-        kind = "fused" if stacked and not isinstance(module, (_ConvNd, ParametrizationList)) else "module"
-    return kind
 
 
 @functools.cache

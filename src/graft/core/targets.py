@@ -21,6 +21,7 @@ PRESETS = {
     "blocks": "the modules of the repeated stacks",
     "norms": "the normalisation layers outside the head",
     "embeddings": "the input token embeddings",
+    "tokens": "the input token embeddings, and the output head where it is tied to them",
     "head": "the output head or classifier",
     "model": "the model itself",
 }
@@ -57,6 +58,7 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
                     a stack (Swin) is looked through
         norms       the normalisation layers outside the head
         embeddings  the token embeddings that the inputs run through
+        tokens      these, and the output head where its matrix is tied to theirs
         head        the matrices and norms of the output head, or its outermost modules for kind module alone
         model       the model itself
 
@@ -142,6 +144,10 @@ def _select(tree: Tree, preset: str, kinds: set[str]) -> list[Node]:
         return tree.blocks
     if preset == "embeddings":
         return tree.embeddings
+    if preset == "tokens":
+        tables = {id(n.module.weight) for n in tree.embeddings}
+        tied = [n for n in tree.head if n.kind == "linear" and id(n.module.weight) in tables]
+        return [*tree.embeddings, *tied]
     head = set(tree.head)
     if preset == "head":
         hosts = [n for n in tree.head if n.kind in ("linear", "conv", "norm", "fused")]
