@@ -22,7 +22,7 @@ def machine() -> str:
 
 
 def in_turns(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """{name: seconds of each round}. The order turns by one place a round, so that nobody always follows the same one."""
+    """{name: seconds of each round}. The order turns by one place a round."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-warmup, rounds):

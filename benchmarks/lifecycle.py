@@ -113,7 +113,8 @@ def main():
     torch.set_num_threads(1)
     rows = measure(args.adapters)
     print(
-        f"LoRA of rank 8 on the 56 linear layers of a Llama of 8 layers, width 512. {machine()}, peft {peft.__version__}\n"
+        "LoRA of rank 8 on the 56 linear layers of a Llama of 8 layers, width 512. "
+        f"{machine()}, peft {peft.__version__}\n"
     )
     print(table(rows, ["", "graft, ms", "PEFT, ms", "graft / PEFT"]))
     if args.json:
