@@ -1,0 +1,107 @@
+"""What a model is trained for: one file an objective, found by itself.
+
+An objective turns examples into features, features into a batch, a batch into a sum of loss terms, and outputs into
+metrics and predictions. A new one is a file here with a subclass of `Objective`.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import GraftError
+from ..data import Examples, columns_of
+from ..names import nearest
+
+OBJECTIVES: dict[str, type["Objective"]] = {}
+
+
+class Objective(ABC):
+    """One way to learn from data.
+
+    name     by which users ask for it
+    columns  the columns it reads; alternatives one after the other
+    metrics  what `score` reports, and whether more is better; the first one decides early stopping unless another is named
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[tuple[str, ...], ...]]
+    metrics: ClassVar[dict[str, bool]]
+
+    def __init__(self, model: nn.Module, processor: Any = None, *, max_length: int | None = None, labels: Any = None):
+        """`processor` is a tokenizer or an image processor; `labels` the names of classes, where they are known."""
+        self.processor, self.max_length, self.labels = processor, max_length, labels
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            OBJECTIVES[cls.name] = cls
+
+    @classmethod
+    def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:
+        """Whether "auto" may choose this objective."""
+        return any(set(needed) <= set(columns) for needed in cls.columns)
+
+    @abstractmethod
+    def features(self, examples: Examples) -> Sequence[dict[str, Any]]:
+        """What can be done once, before training: token ids, label ids. "input_ids" tell an example's length."""
+
+    @abstractmethod
+    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch: the model's keywords, and "labels"."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sum of the loss over the batch's terms (fp32), and the outputs that `record` reads."""
+
+    @abstractmethod
+    def terms(self, batch: dict[str, Tensor]) -> int:
+        """Over how many terms the loss is a sum: examples or tokens. The optimizer sees the mean over a whole step."""
+
+    @abstractmethod
+    def record(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """What `score` needs of one batch: plain numbers and lists."""
+
+    @abstractmethod
+    def score(self, records: Sequence[dict[str, Any]], loss: float) -> dict[str, float]:
+        """The metrics over all batches, from their records and the mean loss."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, examples: Examples) -> list[Any]:
+        """What the model says about a batch of examples, which need no label."""
+
+
+def find(name: str) -> type[Objective]:
+    """The objective called `name`."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    if name not in OBJECTIVES:
+        raise GraftError(f"no objective is called {name!r}: {nearest(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def guess(examples: Examples) -> type[Objective]:
+    """The objective that the columns of the data speak for; the one that reads most of them."""
+    find("classification")
+    columns = columns_of(examples)
+    fitting = [o for o in OBJECTIVES.values() if o.suits(columns, examples[0])]
+    if not fitting:
+        wanted = "; ".join(" + ".join(c) for o in OBJECTIVES.values() for c in o.columns)
+        raise GraftError(f"no objective fits data with the columns {', '.join(columns)}; rename them to one of: {wanted}")
+    return max(fitting, key=lambda o: max(len(c) for c in o.columns if set(c) <= set(columns)))
+
+
+def outputs_of(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """The logits of one forward pass, of a transformers model or of any module that returns them."""
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
+    return out if torch.is_tensor(out) else out.logits
+
+
+def on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}

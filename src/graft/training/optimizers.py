@@ -1,0 +1,124 @@
+"""Optimizers by name: everything in `torch.optim`, and in the package `pytorch-optimizer` where it is installed."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import GraftError
+from .names import nearest
+
+Factory = Callable[..., torch.optim.Optimizer]
+
+
+def _native() -> dict[str, Factory]:
+    classes = {k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type)}
+    return {k: v for k, v in classes.items() if issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer}
+
+
+def _extra() -> dict[str, Factory]:
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        return {}
+    from pytorch_optimizer import OPTIMIZERS
+
+    return dict(OPTIMIZERS)
+
+
+def find(name: str) -> Factory:
+    """The optimizer class called `name`, in any case; `torch.optim` first."""
+    native = _native()
+    if name.lower() in native:
+        return native[name.lower()]
+    extra = _extra()
+    if name.lower() in extra:
+        return extra[name.lower()]
+    hint = "" if extra else "; more come with `pip install graft[optimizers]`"
+    raise GraftError(f"no optimizer is called {name!r}: {nearest(name, native | extra)}{hint}")
+
+
+def build(
+    name: str | Factory,
+    parameters: list[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    heads: list[nn.Parameter] | None = None,
+    head_learning_rate: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer over `parameters`.
+
+    Weight decay acts on matrices only: scales, magnitudes and biases ([n] or scalars) have no reason to shrink to 0.
+    `heads`, those of `parameters` that belong to a new head, learn with `head_learning_rate` where it is given.
+    `name` may also be a class or a function that takes the groups and the keywords; `options` go to it.
+    Each group keeps its own peak learning rate under "peak", which a schedule multiplies.
+    """
+    factory = find(name) if isinstance(name, str) else name
+    label = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
+    of_heads = {id(p) for p in heads or []} if head_learning_rate is not None else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in parameters:
+        rate = head_learning_rate if head_learning_rate is not None and id(p) in of_heads else learning_rate
+        groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    keywords = {"lr": learning_rate, **(options or {})}
+    _try_out(factory, label, keywords, weight_decay)
+    try:
+        optimizer = factory([{"params": g, **_group(lr, wd)} for (lr, wd), g in groups.items()], **keywords)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise GraftError(f"optimizer {label} refuses these parameters: {error}") from error
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+    return optimizer
+
+
+def _group(rate: float, decay: float) -> dict[str, float]:
+    return {"lr": rate, "weight_decay": decay} if decay else {"lr": rate}
+
+
+def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: float) -> None:
+    """One step on one small matrix, to learn before the run what an optimizer asks for (a closure, second gradients)."""
+    probe = nn.Parameter(torch.ones(2, 2))
+    probe.grad = torch.ones(2, 2)
+    try:
+        optimizer = factory([{"params": [probe], **_group(keywords["lr"], decay)}], **keywords)
+    except (TypeError, ValueError) as error:
+        raise GraftError(f"optimizer {label} does not take {keywords}: {error}") from error
+    if decay and "weight_decay" not in optimizer.defaults:
+        raise GraftError(f"optimizer {label} has no weight decay: leave weight_decay at 0")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer.step()
+    except Exception as error:
+        raise GraftError(f"optimizer {label} needs more than a gradient at each step, so it cannot be used: {error}") from error
+
+
+@contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """The parameters as they are to be evaluated and saved: optimizers without a schedule train at other points.
+
+    The Road Less Scheduled. Defazio et al., 2024. https://arxiv.org/abs/2405.15682
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    switches = callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
+    if switches:
+        inner.eval()
+    try:
+        yield
+    finally:
+        if switches:
+            inner.train()
+
+
+
+def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load a state without the cast to the parameter's dtype that `Optimizer.load_state_dict` makes: bit for bit."""
+    optimizer.load_state_dict(saved)
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, tensors in saved["state"].items():
+        own = optimizer.state[order[int(index)]]
+        for key, value in tensors.items():
+            if torch.is_tensor(value) and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device)
