@@ -24,7 +24,7 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read(source: Any, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Examples:
     """The examples of `source`.
 
-    source   a JSONL, JSON, CSV, TSV or Parquet file; a folder of such files (those named after `split` if there are any),
+    source   a JSONL, JSON, CSV, TSV or Parquet file; a folder of such files (those named after `split` if any),
              of images in one folder a label, or written by `Dataset.save_to_disk`; "owner/name" or "owner/name:config"
              on the hub (downloaded); a list of dicts; a `datasets.Dataset` or `DatasetDict`
     split    which part of a data set that has several
@@ -36,11 +36,18 @@ def read(source: Any, *, split: str = "train", columns: Mapping[str, str] | None
             raise GraftError(f"the data has no split {split!r}; it has {', '.join(examples)}")
         examples = examples[split]
     if isinstance(examples, Mapping) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-        raise GraftError(f"data is a file, a folder, a hub name, a list of dicts or a Dataset, not a {type(source).__name__}")
+        raise GraftError(
+            f"data is a file, a folder, a hub name, a list of dicts or a Dataset, not a {type(source).__name__}"
+        )
     if not len(examples):
         raise GraftError(f"the data {_called(source)}is empty")
-    if isinstance(examples, list) and (odd := next((i for i, e in enumerate(examples) if not isinstance(e, Mapping)), -1)) >= 0:
-        raise GraftError(f"example {odd} of the data is a {type(examples[odd]).__name__}, not a dict with named columns")
+    if (
+        isinstance(examples, list)
+        and (odd := next((i for i, e in enumerate(examples) if not isinstance(e, Mapping)), -1)) >= 0
+    ):
+        raise GraftError(
+            f"example {odd} of the data is a {type(examples[odd]).__name__}, not a dict with named columns"
+        )
     return _rename(examples, columns) if columns else examples
 
 
@@ -130,7 +137,9 @@ def _read_files(files: list[Path]) -> Any:
     import datasets
 
     if len({READERS[p.suffix.lower()] for p in files}) > 1:
-        raise GraftError(f"{files[0].parent} holds files of several kinds, such as {files[0].name} and {files[-1].name}: name one")
+        raise GraftError(
+            f"{files[0].parent} holds files of several kinds, such as {files[0].name} and {files[-1].name}: name one"
+        )
     kind = READERS[files[0].suffix.lower()]
     reader = getattr(datasets.Dataset, f"from_{kind}")
     options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
@@ -166,4 +175,6 @@ def _read_hub(source: str, split: str) -> Any:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GraftError(f"{source!r} is neither a local file or folder nor a data set that the hub gives: {said}") from error
+        raise GraftError(
+            f"{source!r} is neither a local file or folder nor a data set that the hub gives: {said}"
+        ) from error

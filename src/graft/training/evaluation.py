@@ -73,7 +73,7 @@ def measure(
     process: int = 0,
     processes: int = 1,
 ) -> dict[str, float]:
-    """The metrics over `features`, in batches of similar length; every process takes its share and knows all results."""
+    """The metrics over `features`, in batches of similar length; every process takes a share and knows all results."""
     order = sorted(range(len(features)), key=lambda i: length(features, i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     results = []
@@ -121,7 +121,9 @@ def processor_of(model: nn.Module, given: Any) -> Any:
         return loader.from_pretrained(name)
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GraftError(f"cannot load the tokenizer or image processor of {name!r}: {said}; pass processor=") from error
+        raise GraftError(
+            f"cannot load the tokenizer or image processor of {name!r}: {said}; pass processor="
+        ) from error
 
 
 def half(model: nn.Module, precision: str, device: torch.device) -> bool:

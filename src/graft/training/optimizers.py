@@ -1,7 +1,7 @@
 """Optimizers by name: everything in `torch.optim`, and in the package `pytorch-optimizer` where it is installed."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,9 @@ def _native() -> dict[str, Factory]:
 def _extra() -> dict[str, Factory]:
     if importlib.util.find_spec("pytorch_optimizer") is None:
         return {}
-    from pytorch_optimizer import OPTIMIZERS
+    import pytorch_optimizer
 
-    return dict(OPTIMIZERS)
+    return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
 
 
 def find(name: str) -> Factory:
@@ -47,7 +47,7 @@ def build(
     weight_decay: float = 0.0,
     heads: list[nn.Parameter] | None = None,
     head_learning_rate: float | None = None,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over `parameters`.
 
@@ -79,7 +79,7 @@ def _group(rate: float, decay: float) -> dict[str, float]:
 
 
 def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: float) -> None:
-    """One step on one small matrix, to learn before the run what an optimizer asks for (a closure, second gradients)."""
+    """One step on one small matrix, to learn before the run what an optimizer asks for (such as a closure)."""
     probe = nn.Parameter(torch.ones(2, 2))
     probe.grad = torch.ones(2, 2)
     try:
@@ -92,25 +92,29 @@ def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: floa
         with torch.random.fork_rng(devices=[]):
             optimizer.step()
     except Exception as error:
-        raise GraftError(f"optimizer {label} needs more than a gradient at each step, so it cannot be used: {error}") from error
+        raise GraftError(
+            f"optimizer {label} needs more than a gradient at each step, so it cannot be used: {error}"
+        ) from error
+
+
+def average(optimizer: Any) -> None:
+    """Move the parameters to where they are to be evaluated: optimizers without a schedule train at other points.
+
+    The Road Less Scheduled. Defazio et al., 2024. https://arxiv.org/abs/2405.15682
+    """
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()
 
 
 @contextmanager
 def averaged(optimizer: Any) -> Iterator[None]:
-    """The parameters as they are to be evaluated and saved: optimizers without a schedule train at other points.
-
-    The Road Less Scheduled. Defazio et al., 2024. https://arxiv.org/abs/2405.15682
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    switches = callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
-    if switches:
-        inner.eval()
+    """`average` for the duration of an evaluation."""
+    average(optimizer)
     try:
         yield
     finally:
-        if switches:
-            inner.train()
-
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

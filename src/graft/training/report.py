@@ -1,5 +1,6 @@
 """What a run tells: a progress bar or lines, `history.jsonl`, trackers; and how much memory it took."""
 
+import contextlib
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ class Report:
             path, aside = output / "history.jsonl", output / ".history.jsonl.aside"
             aside.write_text("".join(json.dumps(r) + "\n" for r in history))
             os.replace(aside, path)
-            self.file = open(path, "a", buffering=1)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
     def add(self, record: dict[str, Any]) -> None:
         """One step, or one evaluation (its metrics under "validation")."""
@@ -42,8 +43,10 @@ class Report:
         now, step = time.monotonic(), record["step"]
         if now - self.begun < QUIET:
             return
-        said = f"loss {record['loss']:.4g}" if "loss" in record else ", ".join(
-            f"{k} {v:.4g}" for k, v in record["validation"].items()
+        said = (
+            f"loss {record['loss']:.4g}"
+            if "loss" in record
+            else ", ".join(f"{k} {v:.4g}" for k, v in record["validation"].items())
         )
         if sys.stdout.isatty():
             if self.bar is None:
@@ -59,6 +62,12 @@ class Report:
         elif "validation" in record or now - self.told > EVERY:
             self.told = now
             print(f"step {step} of {self.total}: {said}", flush=True)
+
+    def flush(self) -> int:
+        """Put the history onto the disk, and say how many records it has."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return len(self.history)
 
     def close(self) -> None:
         if self.bar:
@@ -81,10 +90,8 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif device.type == "cpu":
-            try:
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
 
     def bytes(self) -> int | None:
         if self.device.type == "cuda":

@@ -65,7 +65,9 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], longest: int) ->
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise GraftError(f"the tokenizer of {_name(tokenizer)} has no chat template: set one, or give prompt and completion")
+        raise GraftError(
+            f"the tokenizer of {_name(tokenizer)} has no chat template: set one, or give prompt and completion"
+        )
     turns = [{k: v for k, v in m.items() if v is not None} for m in messages]  # tables fill what is absent with None
     if bad := [m for m in turns if not {"role", "content"} <= m.keys()]:
         raise GraftError(f"a message needs role and content, this one has {', '.join(bad[0]) or 'nothing'}")

@@ -25,16 +25,28 @@ class Objective(ABC):
 
     name     by which users ask for it
     columns  the columns it reads; alternatives one after the other
-    metrics  what `score` reports, and whether more is better; the first one decides early stopping unless another is named
+    metrics  what `score` reports, and whether more is better; the first one decides unless another is named
+    packs    whether several examples may share a row
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[tuple[str, ...], ...]]
     metrics: ClassVar[dict[str, bool]]
+    packs: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, processor: Any = None, *, max_length: int | None = None, labels: Any = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any = None,
+        *,
+        max_length: int | None = None,
+        labels: Sequence[str] | None = None,
+        packing: bool = False,
+    ):
         """`processor` is a tokenizer or an image processor; `labels` the names of classes, where they are known."""
-        self.processor, self.max_length, self.labels = processor, max_length, labels
+        if packing and not self.packs:
+            raise GraftError(f"{self.name} cannot put several examples in a row: leave packing out")
+        self.processor, self.max_length, self.labels, self.packing = processor, max_length, labels, packing
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -91,7 +103,9 @@ def guess(examples: Examples) -> type[Objective]:
     fitting = [o for o in OBJECTIVES.values() if o.suits(columns, examples[0])]
     if not fitting:
         wanted = "; ".join(" + ".join(c) for o in OBJECTIVES.values() for c in o.columns)
-        raise GraftError(f"no objective fits data with the columns {', '.join(columns)}; rename them to one of: {wanted}")
+        raise GraftError(
+            f"no objective fits data with the columns {', '.join(columns)}; rename them to one of: {wanted}"
+        )
     return max(fitting, key=lambda o: max(len(c) for c in o.columns if set(c) <= set(columns)))
 
 
@@ -105,3 +119,17 @@ def on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch where the model is."""
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in batch.items()}
+
+
+def named_classes(model: nn.Module) -> list[str] | None:
+    """The names that the model's configuration gives its classes, unless they are the default LABEL_0, LABEL_1, ..."""
+    names: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    listed = [names[i] for i in sorted(names)]
+    return None if not listed or listed == [f"LABEL_{i}" for i in range(len(listed))] else listed
+
+
+def name_classes(model: nn.Module, labels: Sequence[str] | None) -> None:
+    """Write the names into the configuration, so that predictions made later use the same ones."""
+    config: Any = getattr(model, "config", None)
+    if labels and getattr(config, "num_labels", None) == len(labels):
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}

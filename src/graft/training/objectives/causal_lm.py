@@ -26,13 +26,17 @@ class CausalLM(TokenLoss):
     name = "causal-lm"
     columns = (("text",), ("prompt", "completion"), ("messages",))
 
-    def __init__(self, model: nn.Module, processor: Any = None, *, packing: bool = False, **options: Any):
+    packs = True
+
+    def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
-        self.config, self.packing = getattr(model, "config", None), packing
-        self.options = {"use_cache": False} if hasattr(self.config, "use_cache") else {}
-        self.attention = getattr(self.config, "_attn_implementation", None) or "eager"
-        if packing and not (self.attention in ("eager", "sdpa") or self.attention.startswith("flash")):
-            raise GraftError(f"packing works with the attention implementations sdpa, eager and flash, not {self.attention}")
+        config = getattr(model, "config", None)
+        self.options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        self.attention = getattr(config, "_attn_implementation", None) or "eager"
+        if self.packing and not (self.attention in ("eager", "sdpa") or self.attention.startswith("flash")):
+            raise GraftError(
+                f"packing works with the attention implementations sdpa, eager and flash, not {self.attention}"
+            )
 
     def features(self, examples: Examples) -> list[dict[str, np.ndarray]]:
         found = [f for f in self._tokens(examples) if has_loss(f)]
@@ -52,7 +56,9 @@ class CausalLM(TokenLoss):
         return [part for text in column(examples, "text") for part in plain(tokenizer, text, longest)]
 
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        if self.packing and self.attention.startswith("flash"):  # its kernels find the borders in the positions of one row
+        if self.packing and self.attention.startswith(
+            "flash"
+        ):  # its kernels find the borders in the positions of one row
             row = {k: np.concatenate([f[k] for f in features]) for k in features[0]}
             return {k: torch.from_numpy(v)[None].long() for k, v in row.items()}
         batch = {
@@ -70,13 +76,17 @@ class CausalLM(TokenLoss):
         example = (positions == 0).cumsum(-1)
         before = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool).tril()
         seen = (example[:, :, None] == example[:, None, :])[:, None] & before
-        return seen if self.attention == "sdpa" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return (
+            seen
+            if self.attention == "sdpa"
+            else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        )
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return outputs_of(model, batch, **self.options)[:, :-1][batch["labels"][:, 1:] != IGNORED]
 
     def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[str]:
-        """Continuations of `prompt`, of `messages` without the last answer, or of `text`; greedy unless told otherwise."""
+        """Continuations of `prompt`, of `messages` without the last answer, or of `text`; greedy by default."""
         tokenizer, present = self.processor, columns_of(examples)
         if "messages" in present:
             prompts = [

@@ -1,6 +1,6 @@
 """Classes and their names: what text and image classification share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...core.errors import GraftError
 from ..data import Examples, column
-from . import Objective, outputs_of
+from . import Objective, named_classes, outputs_of
 
 
 class Labelled(Objective):
@@ -17,8 +17,9 @@ class Labelled(Objective):
 
     metrics = {"accuracy": True, "f1": True, "loss": False}
 
-    def __init__(self, model: nn.Module, processor: Any = None, *, max_length: int | None = None, labels: Any = None):
-        super().__init__(model, processor, max_length=max_length, labels=labels or named_classes(model))
+    def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
+        super().__init__(model, processor, **options)
+        self.labels = self.labels or named_classes(model)
 
     def ids(self, examples: Examples) -> list[int]:
         """The label of each example as a number; names are taken from the data if they are not known yet."""
@@ -26,8 +27,7 @@ class Labelled(Objective):
         classes = _classes(examples)
         if classes and isinstance(values[0], int):
             values = [classes[v] for v in values]
-        if self.labels is None:
-            self.labels = classes or label_names(values)
+        self.labels = self.labels or classes or label_names(values)
         number = {str(name): i for i, name in enumerate(self.labels)}
         if row := next(((i, v) for i, v in enumerate(values) if str(v) not in number), None):
             if isinstance(row[1], int) and all(isinstance(v, int) and 0 <= v < len(number) for v in values):
@@ -37,10 +37,11 @@ class Labelled(Objective):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = outputs_of(model, batch).float()
-        if logits.shape[-1] != len(self.labels):
+        known = len(self.labels or ())
+        if logits.shape[-1] != known:
             raise GraftError(
-                f"the model has {logits.shape[-1]} outputs and the data {len(self.labels)} labels: "
-                f"load the model with num_labels={len(self.labels)}"
+                f"the model has {logits.shape[-1]} outputs and the data {known} labels: "
+                f"load the model with num_labels={known}"
             )
         return F.cross_entropy(logits, batch["labels"], reduction="sum"), logits
 
@@ -74,13 +75,6 @@ def label_names(values: Sequence[Any]) -> list[str]:
         dense = min(distinct) == 0 and max(distinct) < 2 * len(distinct)
         return [str(v) for v in (range(max(distinct) + 1) if dense else sorted(distinct))]
     return sorted(map(str, distinct))
-
-
-def named_classes(model: nn.Module) -> list[str] | None:
-    """The names that the model's configuration gives its classes, unless they are the default LABEL_0, LABEL_1, ..."""
-    names: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
-    listed = [names[i] for i in sorted(names)]
-    return None if not listed or listed == [f"LABEL_{i}" for i in range(len(listed))] else listed
 
 
 def _classes(examples: Examples) -> list[str] | None:

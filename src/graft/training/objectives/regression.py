@@ -42,7 +42,9 @@ class Regression(Objective):
         said = outputs_of(model, batch).float()
         if said.shape != batch["labels"].shape:
             wanted = batch["labels"].shape[-1]
-            raise GraftError(f"the model has {said.shape[-1]} outputs and a label {wanted}: load it with num_labels={wanted}")
+            raise GraftError(
+                f"the model has {said.shape[-1]} outputs and a label {wanted}: load it with num_labels={wanted}"
+            )
         return F.mse_loss(said, batch["labels"], reduction="sum"), said
 
     def terms(self, batch: dict[str, Tensor]) -> int:
@@ -72,4 +74,6 @@ def _numbers(value: Any, row: int) -> list[float]:
     try:
         return [float(v) for v in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])]
     except (TypeError, ValueError):
-        raise GraftError(f"row {row} has the label {value!r}, which is not a number; for names use classification") from None
+        raise GraftError(
+            f"row {row} has the label {value!r}, which is not a number; for names use classification"
+        ) from None

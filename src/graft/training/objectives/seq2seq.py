@@ -21,9 +21,13 @@ class Seq2Seq(TokenLoss):
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
-        self.shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
+        self.shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(
+            model, "_shift_right", None
+        )
         if self.shift is None:
-            raise GraftError(f"{type(model).__name__} has no decoder that reads the target: use causal-lm, or another model")
+            raise GraftError(
+                f"{type(model).__name__} has no decoder that reads the target: use causal-lm, or another model"
+            )
 
     def features(self, examples: Examples) -> list[dict[str, np.ndarray]]:
         options = {"truncation": True, "max_length": self.max_length}
