@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import GraftError
-from .names import nearest
+from .messages import nearest, said
 
 Examples = Sequence[Mapping[str, Any]]
 
@@ -92,13 +92,10 @@ def _rename(examples: Examples, columns: Mapping[str, str]) -> Examples:
     if missing := [old for old in columns.values() if old not in present]:
         raise GraftError(f"the data has no column {missing[0]!r}: {nearest(missing[0], present)}")
     if hasattr(examples, "rename_columns"):
-        taken = [new for new, old in columns.items() if new in present and new != old]
+        taken = [new for new in columns if new in present and new not in columns.values()]
         return examples.remove_columns(taken).rename_columns({o: n for n, o in columns.items()})  # type: ignore
-    new_name = {old: new for new, old in columns.items()}
-    return [
-        {k: v for k, v in e.items() if k not in columns} | {new_name[k]: v for k, v in e.items() if k in new_name}
-        for e in examples
-    ]
+    kept = [k for k in present if k not in columns and k not in columns.values()]
+    return [{k: e.get(k) for k in kept} | {new: e.get(old) for new, old in columns.items()} for e in examples]
 
 
 def _read_path(source: str, split: str) -> Any:
@@ -143,15 +140,19 @@ def _read_files(files: list[Path]) -> Any:
     kind = READERS[files[0].suffix.lower()]
     reader = getattr(datasets.Dataset, f"from_{kind}")
     options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
-    shown = datasets.are_progress_bars_disabled()
+    if not any(p.stat().st_size for p in files):
+        raise GraftError(f"{files[0]} is empty")
+    hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
     try:
         with tempfile.TemporaryDirectory() as cache:  # read into memory, so that a changed file is never seen as before
             return reader([str(p) for p in files], cache_dir=cache, keep_in_memory=True, **options)
     except Exception as error:
         raise GraftError(f"cannot read {files[0]}: {_reason(files, error)}") from error
     finally:
-        if not shown:
+        datasets.logging.set_verbosity(level)
+        if not hidden:
             datasets.enable_progress_bars()
 
 
@@ -164,7 +165,7 @@ def _reason(files: list[Path], error: Exception) -> str:
                     json.loads(line or "null")
                 except json.JSONDecodeError as broken:
                     return f"line {number} of {path.name} is not JSON ({broken.msg})"
-    return f"{error.__cause__ or error}".splitlines()[0]
+    return said(error.__cause__ or error)
 
 
 def _read_hub(source: str, split: str) -> Any:
@@ -174,7 +175,6 @@ def _read_hub(source: str, split: str) -> Any:
     try:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GraftError(
-            f"{source!r} is neither a local file or folder nor a data set that the hub gives: {said}"
+            f"{source!r} is neither a local file or folder nor a data set that the hub gives: {said(error)}"
         ) from error

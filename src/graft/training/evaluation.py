@@ -10,6 +10,7 @@ from torch import nn
 from ..core.errors import GraftError
 from . import objectives
 from .data import read, take
+from .messages import said
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -54,12 +55,12 @@ def predict(
     examples = read(data, columns=columns, split="test")
     chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
     device = next(model.parameters()).device
-    said = []
+    predicted = []
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=half(model, precision, device)):
         for i in range(0, len(examples), batch_size):
             rows = take(examples, list(range(i, min(i + batch_size, len(examples)))))
-            said += chosen.predict(model, rows, **generation)
-    return said
+            predicted += chosen.predict(model, rows, **generation)
+    return predicted
 
 
 @torch.no_grad()
@@ -120,9 +121,8 @@ def processor_of(model: nn.Module, given: Any) -> Any:
     try:
         return loader.from_pretrained(name)
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GraftError(
-            f"cannot load the tokenizer or image processor of {name!r}: {said}; pass processor="
+            f"cannot load the tokenizer or image processor of {name!r}: {said(error)}; pass processor="
         ) from error
 
 

@@ -19,7 +19,7 @@ from .batches import Plan
 from .data import held_out, read
 from .evaluation import choose, half, length, measure, processor_of
 from .guards import check_packing, check_settings, not_finite, recomputing, training_mode, within_memory
-from .names import nearest
+from .messages import nearest
 from .objectives import name_classes
 from .report import PeakMemory, Report
 from .schedules import schedule as schedule_called

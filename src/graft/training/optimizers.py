@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.errors import GraftError
-from .names import nearest
+from .messages import nearest
 
 Factory = Callable[..., torch.optim.Optimizer]
 

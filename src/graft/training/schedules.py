@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from ..core.errors import GraftError
-from .names import nearest
+from .messages import nearest
 
 DECAY = 0.1  # share of a warmup-stable-decay run that decays, as in the paper
 FLOOR = 0.1  # what the exponential decay reaches at the end of the run; the paper leaves the half-life free

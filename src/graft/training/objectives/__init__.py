@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.errors import GraftError
 from ..data import Examples, columns_of
-from ..names import nearest
+from ..messages import nearest
 
 OBJECTIVES: dict[str, type["Objective"]] = {}
 

@@ -1,4 +1,4 @@
-"""What to say when a name is not known."""
+"""Parts of error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,3 +12,8 @@ def nearest(name: str, known: Iterable[str], most: int = 12) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known are {', '.join(known[:most])}{', ...' if len(known) > most else ''}"
+
+
+def said(error: BaseException) -> str:
+    """The first line of another library's error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
