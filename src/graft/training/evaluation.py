@@ -54,6 +54,8 @@ def predict(
     """
     examples = read(data, columns=columns, split="test")
     chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
+    if generation and not chosen.generates:
+        raise GraftError(f"{chosen.name} does not generate: {', '.join(generation)} has no meaning for it")
     device = next(model.parameters()).device
     predicted = []
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=half(model, precision, device)):

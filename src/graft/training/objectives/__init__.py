@@ -27,12 +27,14 @@ class Objective(ABC):
     columns  the columns it reads; alternatives one after the other
     metrics  what `score` reports, and whether more is better; the first one decides unless another is named
     packs    whether several examples may share a row
+    generates  whether a prediction is a text, which options of generation shape
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[tuple[str, ...], ...]]
     metrics: ClassVar[dict[str, bool]]
     packs: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Objective(ABC):
         """The metrics over all batches, from their records and the mean loss."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, examples: Examples) -> list[Any]:
+    def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[Any]:
         """What the model says about a batch of examples, which need no label."""
 
 

@@ -33,6 +33,6 @@ class Classification(Labelled):
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return padded(self.processor, features, torch.long)
 
-    def predict(self, model: nn.Module, examples: Examples) -> list[Any]:
+    def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[Any]:
         batch = padded(self.processor, encoded(self.processor, examples, self.max_length))
         return self.named(outputs_of(model, on(model, batch)))

@@ -29,7 +29,7 @@ class ImageClassification(Labelled):
     def _pixels(self, images: Sequence[Any]) -> dict[str, Tensor]:
         return dict(self.processor([opened(i) for i in images], return_tensors="pt"))
 
-    def predict(self, model: nn.Module, examples: Examples) -> list[Any]:
+    def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[Any]:
         return self.named(outputs_of(model, on(model, self._pixels(column(examples, "image")))))
 
 

@@ -65,7 +65,7 @@ class Regression(Objective):
             "loss": loss,
         }
 
-    def predict(self, model: nn.Module, examples: Examples) -> list[Any]:
+    def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[Any]:
         batch = padded(self.processor, encoded(self.processor, examples, self.max_length))
         return outputs_of(model, on(model, batch)).squeeze(-1).float().tolist()
 

@@ -16,6 +16,7 @@ class TokenLoss(Objective):
     """Metrics: mean loss per token, perplexity exp(loss), share of tokens that were the likeliest."""
 
     metrics = {"loss": False, "perplexity": False, "token_accuracy": True}
+    generates = True
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
