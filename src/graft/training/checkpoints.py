@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.errors import GraftError
+
 KEPT = 2
 _ASIDE = ".aside-"  # what is being written or removed; of no value to a later run
 
@@ -25,7 +27,7 @@ def save(folder: Path, step: int, state: Any) -> Path:
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    tree = _flatten(state, tensors)
+    tree = flatten(state, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_ASIDE}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -81,21 +83,23 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"])
 
 
-def _flatten(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def flatten(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """`tree` as JSON; tensors and arrays go into `tensors`."""
     if torch.is_tensor(tree) or isinstance(tree, np.ndarray):
         name = str(len(tensors))
         tensors[name] = torch.as_tensor(tree).detach().to("cpu", copy=True).contiguous()
         return {"tensor": name} if torch.is_tensor(tree) else {"array": name}
     if isinstance(tree, dict):
-        return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in tree.items()]}
+        return {"dict": [[flatten(k, tensors), flatten(v, tensors)] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
-        return {"tuple" if isinstance(tree, tuple) else "list": [_flatten(v, tensors) for v in tree]}
+        return {"tuple" if isinstance(tree, tuple) else "list": [flatten(v, tensors) for v in tree]}
     if isinstance(tree, np.generic):
         return tree.item()
+    if isinstance(tree, torch.dtype):
+        return {"dtype": str(tree).removeprefix("torch.")}
     if tree is None or isinstance(tree, str | bool | int | float):
         return tree
-    raise TypeError(f"a {type(tree).__name__} has no place in a checkpoint")
+    raise GraftError(f"a {type(tree).__name__} has no place in a checkpoint")
 
 
 def _restore(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -106,6 +110,8 @@ def _restore(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return tensors[value]
     if kind == "array":
         return tensors[value].numpy()
+    if kind == "dtype":
+        return getattr(torch, value)
     if kind == "dict":
         return {_restore(k, tensors): _restore(v, tensors) for k, v in value}
     return (tuple if kind == "tuple" else list)(_restore(v, tensors) for v in value)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.errors import GraftError
+from . import checkpoints
 from .messages import nearest
 
 Factory = Callable[..., torch.optim.Optimizer]
@@ -67,7 +68,7 @@ def build(
     _try_out(factory, label, keywords, weight_decay)
     try:
         optimizer = factory([{"params": g, **_group(lr, wd)} for (lr, wd), g in groups.items()], **keywords)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise GraftError(f"optimizer {label} refuses these parameters: {error}") from error
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
@@ -84,13 +85,16 @@ def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: floa
     probe.grad = torch.ones(2, 2)
     try:
         optimizer = factory([{"params": [probe], **_group(keywords["lr"], decay)}], **keywords)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # optimizers come from two libraries and fail in many ways
         raise GraftError(f"optimizer {label} does not take {keywords}: {error}") from error
     if decay and "weight_decay" not in optimizer.defaults:
         raise GraftError(f"optimizer {label} has no weight decay: leave weight_decay at 0")
     try:
         with torch.random.fork_rng(devices=[]):
             optimizer.step()
+        checkpoints.flatten(optimizer.state_dict(), {})
+    except GraftError as error:
+        raise GraftError(f"optimizer {label} has a state that cannot be saved: {error}") from error
     except Exception as error:
         raise GraftError(
             f"optimizer {label} needs more than a gradient at each step, so it cannot be used: {error}"
@@ -122,7 +126,9 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict(saved)
     order = [p for group in optimizer.param_groups for p in group["params"]]
     for index, tensors in saved["state"].items():
-        own = optimizer.state[order[int(index)]]
+        if not isinstance(index, int):
+            continue  # some keep common values under a name
+        own = optimizer.state[order[index]]
         for key, value in tensors.items():
             if torch.is_tensor(value) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
