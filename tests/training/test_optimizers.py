@@ -9,7 +9,7 @@ from graft.training import checkpoints, optimizers
 
 EXTRA = importlib.util.find_spec("pytorch_optimizer") is not None
 NAMES = ["adamw", "SGD", "Adafactor", "rmsprop", "NAdam", "Rprop", "ASGD", "Muon"]
-NAMES += ["lion", "prodigy", "schedulefreeadamw", "came", "soap", "adopt", "kron", "madgrad"] if EXTRA else []
+NAMES += ["lion", "prodigy", "schedulefreeadamw", "came", "soap", "adopt", "madgrad", "rose"] if EXTRA else []
 
 
 def problem(dtype=torch.float32, shapes=((4, 6), (6,))):
