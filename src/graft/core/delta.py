@@ -65,6 +65,8 @@ class Delta(nn.Module, metaclass=_MethodType):
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+    site: Any  # Site, where the delta stands
+    shared: Any  # what `share` gave, or None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
