@@ -65,8 +65,6 @@ class Delta(nn.Module, metaclass=_MethodType):
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
-    site: Any  # Site, where the delta stands
-    shared: Any  # what `share` gave, or None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
@@ -275,4 +273,9 @@ def frozen_parameters(module: nn.Module) -> list[Tensor]:
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    """Whether no value is NaN or infinite: both show in the extremes."""
+    return all(
+        bool(torch.isfinite(torch.stack(torch.aminmax(t))).all())
+        for t in tensors
+        if t.is_floating_point() and t.numel()
+    )

@@ -1,5 +1,6 @@
 """The fingerprint of a base model: whether an adapter meets the weights it was trained on."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -43,7 +44,13 @@ def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    step = -(-flat.numel() // SAMPLES) or 1
-    i = torch.arange(flat.numel() // step, device=flat.device)
-    values = flat[i * step + i * 2654435761 % step]  # one in each stretch, scattered, lest a matrix show few columns
+    values = flat[_places(flat.numel()).to(flat.device)]
     return values.to("cpu", torch.bfloat16 if values.is_floating_point() else values.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(count: int) -> Tensor:
+    """One place in each of up to 256 stretches of equal length, scattered, lest a matrix show few of its columns."""
+    step = -(-count // SAMPLES) or 1
+    i = torch.arange(count // step)
+    return i * step + i * 2654435761 % step
