@@ -300,6 +300,11 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
     except Exception as error:  # values which a constructor never met: sizes that overflow, that fit no memory
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraftError(f"the saved {saved.recipe.method.name} adapter cannot be built here: {reason}") from error
+    if other := [path for path in (*saved.modules, *saved.heads) if path not in adapter.deltas]:
+        kind = class_name(here[other[0]])
+        raise GraftError(
+            f"{other[0]} is a {kind} here, on which {saved.recipe.method.name} does not work: another base?"
+        )
     adapter.targets = saved.targets
     return adapter
 
