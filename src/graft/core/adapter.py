@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .delta import Adapted, Delta, frozen_parameters, mount, unmount
 from .errors import GraftError
-from .recipe import Recipe
+from .recipe import ByPath, Recipe
 from .site import Site, site_for
 from .targets import resolve
 
@@ -99,9 +99,14 @@ def attach(
 
 
 class Adapter:
-    """The deltas of one method on one model. Made by `attach`; then save, switch off, freeze, step, detach."""
+    """The deltas of one method on one model. Made by `attach`; then save, switch off, freeze, step, detach.
 
-    def __init__(self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None):
+    `saved` are the tensors of a file, as `state_dict` gives them, when an adapter is built to take them.
+    """
+
+    def __init__(
+        self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None, saved=None
+    ):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
         if isinstance(model, torch.jit.ScriptModule):
@@ -109,7 +114,7 @@ class Adapter:
         cls = recipe.method
         self.model, self.name, self.seed = model, name, seed
         self.targets = cls.targets if targets is None else targets
-        sites = self._sites(cls, self.targets, stats)
+        sites = self._sites(cls, self.targets, stats, saved)
         taken = {id(s.module) for s in sites}
         self.heads = [(p, m) for p, m in resolve(model, heads, HEADS)] if heads else []
         if both := [p for p, m in self.heads if id(m) in taken]:
@@ -127,20 +132,29 @@ class Adapter:
             site = site_for(path, module, HEADS)
             self.deltas[path] = self._place(_full()(site), site, dtype)
         for site in sites:
-            site.stats = {}  # used up; they can be large
-        # What a function of the site gave is kept as a table: a function cannot be saved.
+            site.stats, site.saved = {}, None  # used up; they can be large
+        # What a function of the site or a pattern gave is kept by path: a function cannot be saved.
         self.recipe = Recipe(
             cls,
             {
-                k: {re.escape(p): h[k] for p, h in resolved.items()} if callable(v) else v
+                k: ByPath({p: h[k] for p, h in resolved.items()}) if callable(v) or isinstance(v, dict) else v
                 for k, v in recipe.hyper.items()
             },
         )
 
-    def _sites(self, cls: type[Delta], targets, stats) -> list[Site]:
+    def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
         picked = resolve(self.model, targets, cls.hosts)
+        own = None if saved is None else tensors_by_path(saved)
         sites = [
-            site_for(path, module, cls.hosts, index=i, count=len(picked), stats=(stats or {}).get(path))
+            site_for(
+                path,
+                module,
+                cls.hosts,
+                index=i,
+                count=len(picked),
+                stats=(stats or {}).get(path),
+                saved=None if own is None else own.get(path, {}),
+            )
             for i, (path, module) in enumerate(picked)
         ]
         for site in sites:
@@ -149,7 +163,8 @@ class Adapter:
                     f"{cls.name} works on {', '.join(cls.hosts)}; {site.path or 'the model'} is a {site.kind} "
                     f"({type(site.module).__name__})"
                 )
-            if missing := [need for need in cls.needs if need not in site.stats and need != "width"]:
+            missing = [need for need in cls.needs if need not in site.stats and need != "width"]
+            if missing and site.saved is None:
                 raise GraftError(
                     f"{cls.name} needs the statistic {missing[0]} at {site.path}: "
                     f"pass stats=graft.collect(model, data, needs={list(cls.needs)!r})"
@@ -291,6 +306,8 @@ class Adapter:
                 raise GraftError(
                     f"{key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}: another base?"
                 )
+            if value.is_floating_point() != own[key].is_floating_point():
+                raise GraftError(f"{key} is of type {value.dtype}, the adapter's is of {own[key].dtype}")
         with torch.no_grad():
             for key, value in state.items():
                 own[key].copy_(value)
@@ -317,6 +334,15 @@ class Adapter:
     def __repr__(self):
         count = sum(p.numel() for p in self.parameters())
         return f"Adapter({self.name!r}, {self.recipe}, {len(self.deltas)} sites, {count:,} parameters)"
+
+
+def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{"path:tensor": value} as {path: {tensor: value}}."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        path, _, tensor = key.rpartition(":")
+        found.setdefault(path, {})[tensor] = value
+    return found
 
 
 HEADS = ("linear", "conv", "embedding", "norm", "module")

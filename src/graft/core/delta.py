@@ -273,4 +273,9 @@ def frozen_parameters(module: nn.Module) -> list[Tensor]:
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    """Whether no value is NaN or infinite: both show in the extremes."""
+    return all(
+        bool(torch.isfinite(torch.stack(torch.aminmax(t))).all())
+        for t in tensors
+        if t.is_floating_point() and t.numel()
+    )

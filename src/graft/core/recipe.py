@@ -27,6 +27,13 @@ def matches(pattern: str, path: str) -> bool:
     return pattern == "*" or matcher(pattern)(path) is not None
 
 
+class ByPath(dict):
+    """The values of a hyperparameter by the very path of a module: what a saved adapter holds."""
+
+    def __repr__(self):
+        return f"<{' or '.join(sorted({repr(value) for value in self.values()}))} by module>"
+
+
 @dataclass
 class Recipe:
     """What `graft.LoRA(rank=8)` gives: method and complete hyperparameters, checked.
@@ -71,6 +78,9 @@ class Recipe:
         for name, value in self.hyper.items():
             if isinstance(value, dict):
                 default = hyperparameters(self.method)[name].default
+            if isinstance(value, ByPath):
+                value = value.get(site.path, default)
+            elif isinstance(value, dict):
                 value = next((v for pattern, v in value.items() if matches(pattern, site.path)), default)
             if callable(value):
                 value = value(site)

@@ -75,13 +75,27 @@ def site_for(path: str, module: nn.Module, hosts: tuple[str, ...] = ("module",),
 
 
 class Site:
-    """Module `module` at `path`, number `index` of the `count` chosen ones; `stats` is what the method needs."""
+    """Module `module` at `path`, number `index` of the `count` chosen ones.
+
+    `stats` is what the method needs while it builds a delta. `saved` is None for a new delta; for one that comes from
+    a file it holds its tensors by name: their values are copied in afterwards, so the constructor has no statistics
+    and may spare whatever only finds initial values. Sizes that no hyperparameter tells are those of `saved`.
+    """
 
     kind = "module"
     module: Any
 
-    def __init__(self, path: str, module: nn.Module, index: int = 0, count: int = 1, stats: dict | None = None):
-        self.path, self.module, self.index, self.count, self.stats = path, module, index, count, stats or {}
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        index: int = 0,
+        count: int = 1,
+        stats: dict | None = None,
+        saved: dict[str, Tensor] | None = None,
+    ):
+        self.path, self.module, self.index, self.count = path, module, index, count
+        self.stats, self.saved = stats or {}, saved
 
     def __init_subclass__(cls, hosts: tuple = (), **kwargs):
         super().__init_subclass__(**kwargs)

@@ -8,6 +8,18 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
+
+
+def _changes_base(config: dict) -> str | None:
+    """PEFT's initialisations that take the update's start out of the base's weights."""
+    init = config.get("init_lora_weights", True)
+    if init in (True, False, None, "gaussian", "orthogonal", "eva"):
+        return None
+    return (
+        f"init_lora_weights={init!r} changed the base's weights; save it with PEFT's "
+        f"path_initial_model_for_weight_conversion first, which makes a plain LoRA of it"
+    )
 
 
 class LoRA(Delta, name="lora"):
@@ -29,6 +41,19 @@ class LoRA(Delta, name="lora"):
         ),
     )
     small = dict(rank=2)
+    peft = Peft(
+        "LORA",
+        {"A": As("lora_A.weight", to_input_kernel, to_matrix), "B": As("lora_B.weight", to_point_kernel, to_matrix)},
+        embedding={"A": As("lora_embedding_A"), "B": As("lora_embedding_B")},
+        config={"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"},
+        patterns={"rank_pattern": "r", "alpha_pattern": "lora_alpha"},
+        defaults={"use_rslora": False},
+        fixed={"bias": "none", "use_dora": False},
+        neutral=frozenset(
+            {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
+        ),
+        refuses=_changes_base,
+    )
 
     def __init__(
         self,
@@ -42,7 +67,8 @@ class LoRA(Delta, name="lora"):
         super().__init__(site)
         self.A = nn.Parameter(torch.empty(rank, site.d_in))
         self.B = nn.Parameter(torch.zeros(site.d_out, rank))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        if site.saved is None:
+            nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
 
     def forward(self, inner, x):

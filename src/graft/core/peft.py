@@ -1,0 +1,298 @@
+"""Hugging Face PEFT's format, both ways, for the methods which PEFT has too.
+
+A method says in a table how PEFT stores it; the table is an attribute of its class:
+
+    peft = Peft("LORA", {"A": As("lora_A.weight"), ...}, config={"r": "rank", "lora_alpha": "alpha"}, ...)
+
+PEFT names a tensor "base_model.model.<path of the module>.<name>", what modules share "base_model.<name>", and heads
+(its `modules_to_save`) like the module's own parameters. What a PEFT folder holds and
+we have not is refused, never left out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import METHODS, Delta
+from .errors import GraftError
+from .hyper import hyperparameters
+from .recipe import ByPath, Recipe
+from .site import Site, site_for
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+PREFIX = "base_model.model."
+UNREAD = "this adapter in PEFT's format cannot be read"
+OWN = "save it in graft's own format"
+HEAD = "copy."  # where the delta of a head keeps its module
+
+# Fields of PEFT's configuration that do not change what a trained adapter computes: where it goes is read off its
+# tensors, how it started is past.
+NEUTRAL = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    "runtime_config",
+}  # fmt: skip
+
+
+def _same(site: Site, value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class As:
+    """A tensor in PEFT's files: its name there, and how its values are laid out."""
+
+    name: str
+    write: Callable[[Site, Tensor], Tensor] = _same  # ours at the site -> PEFT's
+    read: Callable[[Site, Tensor], Tensor] = _same  # PEFT's -> ours
+
+
+@dataclass(frozen=True)
+class Peft:
+    """How PEFT stores a method. A subclass may override what a table cannot say."""
+
+    kind: str  # peft_type
+    tensors: dict[str, As]  # our tensor at a site -> PEFT's
+    config: dict[str, str] = field(default_factory=dict)  # PEFT's field -> our hyperparameter
+    embedding: dict[str, As] | None = None  # the tensors at embeddings, where they differ
+    shared: dict[str, As] = field(default_factory=dict)  # our shared tensor -> PEFT's
+    patterns: dict[str, str] = field(default_factory=dict)  # PEFT's table by module -> its field with the common value
+    defaults: dict[str, Any] = field(default_factory=dict)  # of fields which older versions of PEFT do not write
+    fixed: dict[str, Any] = field(default_factory=dict)  # fields which have this one value in our method
+    neutral: frozenset[str] = frozenset()  # further fields that do not change what a trained adapter computes
+    refuses: Callable[[dict], str | None] = lambda config: None  # why a configuration of PEFT cannot be read, or None
+
+    def at(self, site: Site) -> dict[str, As]:
+        """The tensors at one site."""
+        return self.embedding if site.kind == "embedding" and self.embedding is not None else self.tensors
+
+    def write_config(self, method: type[Delta], hyper: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """PEFT's fields for the hyperparameters {path: {name: value}}."""
+        config = dict(self.fixed)
+        tables = {common: table for table, common in self.patterns.items()}
+        for name, known in hyperparameters(method).items():
+            if name not in self.config.values() and any(h[name] != known.default for h in hyper.values()):
+                raise GraftError(f"PEFT's {self.kind} has no counterpart of {method.name}'s {name}: {OWN}")
+        for field_name, name in self.config.items():
+            values = {path: h[name] for path, h in hyper.items()}
+            common = Counter(values.values()).most_common(1)[0][0]
+            config[field_name] = int(common) if isinstance(common, float) and common.is_integer() else common
+            others = {f"^{re.escape(path)}": value for path, value in values.items() if value != common}
+            if field_name in tables:
+                config[tables[field_name]] = others
+            elif others:
+                raise GraftError(
+                    f"PEFT's {self.kind} has one {field_name} for all modules, this adapter several: {OWN}"
+                )
+        return config
+
+    def read_config(self, method: type[Delta], config: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+        """Our hyperparameters for PEFT's fields."""
+        if reason := self.refuses(config):
+            raise GraftError(f"{UNREAD}: {reason}")
+        known = NEUTRAL | self.neutral | {*self.config, *self.patterns, *self.fixed}
+        for name, value in config.items():
+            if (name not in known and value) or (name in self.fixed and value != self.fixed[name]):
+                raise GraftError(f"{UNREAD}: {method.name} has no counterpart of {name}={value!r}")
+        hyper = {}
+        for field_name, name in self.config.items():
+            if field_name not in config and field_name not in self.defaults:
+                raise GraftError(f"{UNREAD}: its configuration lacks {field_name}")
+            hyper[name] = config.get(field_name, self.defaults.get(field_name))
+        for table, common in self.patterns.items():
+            if patterns := config.get(table):
+                name = self.config[common]
+                hyper[name] = ByPath({path: _fitting(table, patterns, path, hyper[name]) for path in paths})
+        return hyper
+
+
+def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
+    """The value which PEFT takes for a module: that of the first pattern that fits the end of its path."""
+    if not isinstance(patterns, dict):
+        raise GraftError(f"{UNREAD}: {table} must be a table, not {patterns!r}")
+    try:
+        return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), common)
+    except re.error as error:
+        raise GraftError(f"{UNREAD}: {table} holds no regular expression: {error}") from None
+
+
+# Writing
+
+
+def write(adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of an adapter in PEFT's format."""
+    cls, model = adapter.recipe.method, adapter.model
+    if cls.peft is None:
+        raise GraftError(f"PEFT has no format for {cls.name}: {OWN}")
+    heads = [path for path, _ in adapter.heads]
+    own = {path: d for path, d in adapter.deltas.items() if path not in heads}
+    tensors = {}
+    for path, delta in own.items():
+        table = cls.peft.at(delta.site)
+        for name, value in delta.state_dict().items():
+            tensors[f"{PREFIX}{path}.{table[name].name}"] = table[name].write(delta.site, value)
+    for path in heads:
+        for name, value in adapter.deltas[path].state_dict().items():
+            tensors[f"{PREFIX}{path}.{name.removeprefix(HEAD)}"] = value
+    if adapter.shared is not None:
+        for name, value in adapter.shared.state_dict().items():
+            tensors[f"base_model.{cls.peft.shared[name].name}"] = value
+    modules = base_modules(model)
+    config = {
+        "peft_type": cls.peft.kind,
+        "task_type": _task(model, modules, heads),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "inference_mode": True,
+        "target_modules": _target_modules(modules, list(own)),
+        "modules_to_save": heads or None,
+        **cls.peft.write_config(cls, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
+    }
+    if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
+        config["fan_in_fan_out"] = True
+    if extra := [p for p in modules if _saved_whole(p, heads) and p not in heads]:
+        raise GraftError(f"PEFT would take {extra[0]} for a head too, as its path ends like {heads[0]}'s: {OWN}")
+    return config, tensors
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the base by path, without those of adapters."""
+    everything = dict(model.named_modules())
+    owned = {id(x) for m in everything.values() if getattr(m, "graft_owned", False) for x in m.modules()}
+    return {path: m for path, m in everything.items() if id(m) not in owned}
+
+
+def _target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
+    """What makes PEFT choose exactly `paths`: the ends of paths where that is enough, whole paths, or an expression."""
+
+    def chosen(ends):
+        return [p for p in modules if p in ends or any(p.endswith(f".{end}") for end in ends)]
+
+    for ends in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
+        if set(chosen(ends)) == set(paths):
+            return ends
+    return "|".join(re.escape(path) for path in paths)
+
+
+def _saved_whole(path: str, names: Iterable[str]) -> bool:
+    """Whether PEFT takes a module for a head: by the letters at the end of its path, dots or not."""
+    return any(path.endswith(name) for name in names)
+
+
+def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> str | None:
+    """PEFT's task type. For classification it always saves `classifier` or `score`: only named where they are heads."""
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration") and getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    ):
+        return "SEQ_2_SEQ_LM"
+    for end, task in (("ForSequenceClassification", "SEQ_CLS"), ("ForTokenClassification", "TOKEN_CLS")):
+        if name.endswith(end) and all(p in heads for p in modules if _saved_whole(p, ("classifier", "score"))):
+            return task
+    return None
+
+
+# Reading
+
+
+def read(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]):
+    """Recipe, paths of targets and heads, and tensors under our names, of an adapter in PEFT's format."""
+    cls = _method(config)
+    modules = base_modules(model)
+    wanted = config.get("modules_to_save") or []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise GraftError(f"{UNREAD}: modules_to_save must be a list of names, not {wanted!r}")
+    heads = [p for p in modules if _saved_whole(p, wanted)]
+    names = {a.name for a in (*cls.peft.tensors.values(), *(cls.peft.embedding or {}).values())}
+    shared = {f"base_model.{a.name}": (name, a) for name, a in cls.peft.shared.items()}
+    at_sites: dict[str, dict[str, Tensor]] = {}
+    state, used_heads = {}, set()
+    for key, value in tensors.items():
+        rest = key.removeprefix(PREFIX)
+        path, name = next(((rest[: -len(n) - 1], n) for n in names if rest.endswith(f".{n}")), (None, ""))
+        head = next((h for h in heads if rest.startswith(f"{h}.")), None)
+        if key in shared:
+            state[f"*:{shared[key][0]}"] = value
+        elif rest == key:
+            raise GraftError(f"{UNREAD}: its tensor {key} does not start with {PREFIX}")
+        elif path is not None:
+            at_sites.setdefault(path, {})[name] = value
+        elif head is not None:
+            used_heads.add(head)
+            state[f"{head}:{HEAD}{rest.removeprefix(head + '.')}"] = value
+        elif not _is_copy_of_base(model, rest, value):
+            raise GraftError(f"{UNREAD}: {cls.name} has no counterpart of its tensor {key}")
+    for path, found in at_sites.items():
+        if path not in modules:
+            raise GraftError(f"{UNREAD}: the model has no module {path}, is this the right base?")
+        site = site_for(path, modules[path], cls.hosts)
+        for ours, form in cls.peft.at(site).items():
+            if form.name not in found:
+                raise GraftError(f"{UNREAD}: it lacks {form.name} of {path}, a {type(modules[path]).__name__}")
+            state[f"{path}:{ours}"] = form.read(site, found.pop(form.name))
+        if found:
+            raise GraftError(f"{UNREAD}: {next(iter(found))} has no place at {path}, a {type(modules[path]).__name__}")
+    recipe = Recipe(cls, cls.peft.read_config(cls, config, at_sites))
+    return recipe, list(at_sites), [h for h in heads if h in used_heads], state
+
+
+def _method(config: dict[str, Any]) -> type[Delta]:
+    """The method for a configuration; several of ours may be one type of PEFT's, told apart by their fixed fields."""
+    from .. import methods
+
+    methods.load()
+    kind = config["peft_type"]
+    fitting = [cls for cls in METHODS.values() if cls.peft is not None and cls.peft.kind == kind]
+    if not fitting:
+        known = sorted({cls.peft.kind for cls in METHODS.values() if cls.peft is not None})
+        raise GraftError(f"{UNREAD}: no method here is PEFT's {kind!r}; there are {', '.join(known)}")
+
+    def strange(cls):
+        return sum(config.get(name, value) != value for name, value in cls.peft.fixed.items())
+
+    return min(fitting, key=strange)
+
+
+def _is_copy_of_base(model: nn.Module, key: str, value: Tensor) -> bool:
+    """Whether a tensor is the base's own, which PEFT saves along when embeddings are targets."""
+    own = dict(model.named_parameters(remove_duplicate=False)).get(key.replace(".base_layer.", "."))
+    return (
+        own is not None and own.shape == value.shape and torch.equal(own.detach().to(value.device, value.dtype), value)
+    )
+
+
+# Layouts which several methods share
+
+
+def to_input_kernel(site: Site, value: Tensor) -> Tensor:
+    """A matrix [k, in] which reads the host's input: at a convolution, PEFT's has the host's kernel."""
+    return value.reshape(len(value), *_kernel(site)) if site.kind == "conv" else value
+
+
+def to_point_kernel(site: Site, value: Tensor) -> Tensor:
+    """A matrix [out, k] on k features: at a convolution, PEFT's has kernels of size 1."""
+    return value.reshape(*value.shape, *[1] * (len(_kernel(site)) - 1)) if site.kind == "conv" else value
+
+
+def to_matrix(site: Site, value: Tensor) -> Tensor:
+    """The matrix of a convolution's kernel."""
+    return value.flatten(1) if site.kind == "conv" and _kernel(site) else value
+
+
+def _kernel(site: Site) -> tuple[int, ...]:
+    """[channels, size, ...] of a convolution which PEFT's update follows: it leaves out dilation and the padding's
+    mode, and treats groups another way."""
+    host: Any = site.module
+    if host.groups > 1 or any(d > 1 for d in host.dilation) or host.padding_mode != "zeros":
+        raise GraftError(
+            f"PEFT computes something else at {site.path}, a convolution with groups, dilation or a padding mode: {OWN}"
+        )
+    return host.weight.shape[1:]
