@@ -134,6 +134,11 @@ class Site:
 
     bias: Any = property(lambda self: getattr(self.module, "bias", None))
 
+    @property
+    def weight_now(self) -> Tensor:
+        """The matrix with which the host computes at present, the deltas that run there included."""
+        return self.module.chain.weight if hasattr(self.module, "host_class") else self.weight
+
 
 class ModelSite(Site):
     """The model itself, path "": for prompts and changes of logits."""
@@ -151,6 +156,7 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     """y = x W^T + b over the last axis, W [out, in]."""
 
     kind = "linear"
+    taps = 1  # positions of a kernel: d_in counts each input channel this many times
     d_out = width = property(lambda self: self.module.weight.shape[0])
     d_in = property(lambda self: self.module.weight.shape[1])
     inputs = property(lambda self: self.d_in)  # channels of the input, which in a convolution are fewer than columns
@@ -180,7 +186,23 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def add_up(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
         """y + up(h, b)."""
-        return y + self.up(h, b)
+        if self.kind != "linear":
+            return y + self.up(h, b)
+        # One pass over y; adding a finished product would take three.
+        out = torch.addmm(y.reshape(-1, len(b)), h.reshape(-1, b.shape[1]).to(y.dtype), b.T.to(y.dtype))
+        return out.view(y.shape)
+
+    def kron(self, x: Tensor, left: Tensor, right: tuple[Tensor, ...]) -> Tensor:
+        """The host's map with the matrix left ⊗ (... right[1] right[0]), which is never formed.
+
+        left is [a, c] and the product of `right` [b, d], for a host with a b outputs and c d inputs.
+        """
+        first, *rest = (m.to(x.dtype) for m in right)
+        h = F.linear(x.unflatten(-1, (left.shape[1], -1)), first)  # [..., c, k]
+        h = F.linear(h.transpose(-1, -2), left.to(x.dtype)).transpose(-1, -2)  # [..., a, k]
+        for m in rest:
+            h = F.linear(h, m)
+        return h.flatten(-2)
 
     def scale(self, h: Tensor, v: Tensor | float) -> Tensor:
         """The channels of an output or of features h times the vector v."""
@@ -189,6 +211,10 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     def shift(self, h: Tensor, v: Tensor) -> Tensor:
         """The channels of an output or of features h plus the vector v."""
         return h + self._shape(v.to(h.dtype), h)
+
+    def rescale(self, y: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The channels of y - bias times 1 + gain, plus bias; nothing of the size of y is kept but the result."""
+        return _Rescale.apply(y, self._shape(gain, y), None if bias is None else self._shape(bias.to(y.dtype), y))
 
     def _shape(self, v: Tensor, h: Tensor) -> Tensor:
         return v
@@ -204,6 +230,31 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     def layout(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """The tensors of a checkpoint for the matrix w [out, in] and bias b."""
         return {"weight": w} if b is None else {"weight": w, "bias": b}
+
+
+class _Rescale(torch.autograd.Function):
+    """z = y + gain (y - b): the gradient of the gain follows from z, which the next operation often keeps anyway.
+
+    dL/dgain = sum dL/dz (y - b) = sum dL/dz (z - b) / (1 + gain); taken to be zero where 1 + gain is.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, gain, b):
+        return torch.addcmul(y, y if b is None else y - b, gain.to(y.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, gain, b = ctx.saved_tensors
+        free, factor = z if b is None else z - b, 1 + gain
+        share = (grads[0] * free).sum_to_size(gain.shape) / factor
+        to_y = torch.addcmul(grads[0], grads[0], gain.to(z.dtype))
+        return to_y, torch.where(factor == 0, 0, share), None
 
 
 class Conv1DSite(LinearSite, hosts=("transformers.pytorch_utils.Conv1D",)):
@@ -237,6 +288,14 @@ class EmbeddingSite(LinearSite, hosts=(nn.Embedding,)):
         scale = getattr(self.module, "embed_scale", None)
         return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
 
+    def kron(self, x, left, right):  # column t of P ⊗ Q is column t // d of P ⊗ column t % d of Q
+        first, *rest = right
+        h = F.embedding(x % first.shape[1], first.T)
+        for m in rest:
+            h = F.linear(h, m)
+        p = self.down(x // first.shape[1], left)
+        return (p.unsqueeze(-1) * h.to(p.dtype).unsqueeze(-2)).flatten(-2)
+
     def layout(self, w, b):
         return {"weight": w.T.contiguous()}
 
@@ -245,12 +304,13 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
     """A convolution is a linear map of patches: W is [out, in / groups * kernel]."""
 
     kind = "conv"
+    taps = property(lambda self: math.prod(self.module.kernel_size))
     d_in = property(lambda self: self.module.weight[0].numel())
     inputs = property(lambda self: self.module.in_channels)
     weight = property(lambda self: self.module.weight.flatten(1))
 
     def apply(self, x, w, bias=None):
-        kernel = w.view(w.shape[0], *self.module.weight.shape[1:]).to(x.dtype)
+        kernel = w.reshape(w.shape[0], -1, *self.module.kernel_size).to(x.dtype)
         return self.module._conv_forward(x, kernel, bias if bias is None else bias.to(x.dtype))
 
     def apply_formed(self, x, form, w, bias, *tensors):
@@ -263,6 +323,21 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         conv = (F.conv1d, F.conv2d, F.conv3d)[self.module.weight.dim() - 3]
         kernel = b.view(*b.shape, *[1] * (self.module.weight.dim() - 2)).to(h.dtype)
         return conv(h, kernel, groups=self.module.groups)
+
+    def kron(self, x, left, right):
+        first, *rest = right
+        if self.module.groups > 1:  # the blocks of P ⊗ Q are not those of the groups
+            for m in rest:
+                first = m @ first
+            return self.apply(x, torch.kron(left, first))
+        a, c = left.shape
+        axes = self.module.weight.dim() - 1  # channels and space
+        h = x.reshape(-1, x.shape[-axes] // c, *x.shape[1 - axes :])  # [batch c, d, ...]
+        h = self.apply(h, first).unflatten(0, (-1, c))
+        h = torch.einsum("ac,nc...->na...", left.to(x.dtype), h).flatten(0, 1)
+        for m in rest:
+            h = self.up(h, m)
+        return h.reshape(*x.shape[:-axes], a * h.shape[1], *h.shape[2:])
 
     def _shape(self, v, h):
         channels = h.shape[1 - self.module.weight.dim()]

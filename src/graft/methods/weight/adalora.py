@@ -1,0 +1,130 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al., 2023."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.hyper import Range
+
+
+class AdaLoRA(Delta, name="adalora"):
+    """W' = W + s P diag(e * keep) Q with s = alpha / rank.
+
+    P [out, rank] and Q [rank, in] are random (normal, deviation 0.02) and e [rank] zero, so that the adapted model
+    starts as the base. A penalty holds P and Q near orthogonality: gamma times the mean of ||P^T P - I||_F and
+    ||Q Q^T - I||_F over all sites, as in the authors' code (the paper squares and sums them).
+
+    `keep` [rank] of zeros and ones leaves the most important triplets (P[:, i], e[i], Q[i]) of all sites together.
+    Their number falls along a cubic from `rank` to `target_rank` a site: it is constant for the share `warmup` of
+    training, falls until the share `cooldown` is left, and is then fixed together with the choice. The importance of
+    a triplet is the score of e[i] plus the mean scores of the entries of P[:, i] and of Q[i]. The score J U of an
+    entry w comes from its sensitivity I = |w dL/dw|, smoothed, and the uncertainty of it,
+
+        J <- beta1 J + (1 - beta1) I,    U <- beta2 U + (1 - beta2) |I - J|.
+
+    A triplet left out restarts at e = 0 and still learns, so that it can come back; the choice is made at every step.
+    Defaults are those of the authors' experiments (github.com/QingruZhang/AdaLoRA), where warm-up took about a tenth
+    of training and the last phase about half.
+    """
+
+    papers = (
+        Paper(
+            "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+            "Zhang et al.",
+            2023,
+            "https://arxiv.org/abs/2303.10512",
+        ),
+    )
+    small = dict(rank=3, target_rank=2)
+
+    keep: torch.Tensor
+
+    def __init__(
+        self,
+        site,
+        *,
+        rank: Annotated[int, "rank at the start, 1.5 times the target in the paper", Range(1)] = 12,
+        target_rank: Annotated[int, "mean rank at the end", Range(1)] = 8,
+        alpha: Annotated[float, "numerator of the scaling s"] = 16.0,
+        dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
+        warmup: Annotated[float, "share of training before ranks fall", Range(0, below=1)] = 0.1,
+        cooldown: Annotated[float, "share of training after ranks are settled", Range(0, below=1)] = 0.5,
+        beta1: Annotated[float, "smoothing of the sensitivity", Range(above=0, below=1)] = 0.85,
+        beta2: Annotated[float, "smoothing of the uncertainty", Range(above=0, below=1)] = 0.85,
+        gamma: Annotated[float, "weight of the orthogonality penalty", Range(0)] = 0.1,
+    ):
+        super().__init__(site)
+        if target_rank > rank:
+            raise GraftError(f"adalora: target_rank must be at most rank = {rank}, not {target_rank}")
+        if warmup + cooldown >= 1:
+            raise GraftError(f"adalora: warmup + cooldown must be below 1, not {warmup + cooldown:g}")
+        self.P = nn.Parameter(0.02 * torch.randn(site.d_out, rank))
+        self.Q = nn.Parameter(0.02 * torch.randn(rank, site.d_in))
+        self.e = nn.Parameter(torch.zeros(rank))
+        self.register_buffer("keep", torch.ones(rank))
+        for name in ("P", "Q", "e"):
+            self.register_buffer(f"sensitivity_{name}", torch.zeros_like(getattr(self, name)))
+            self.register_buffer(f"uncertainty_{name}", torch.zeros_like(getattr(self, name)))
+        self.scaling, self.dropout, self.target_rank = alpha / rank, dropout, target_rank
+        self.warmup, self.cooldown, self.beta1, self.beta2, self.gamma = warmup, cooldown, beta1, beta2, gamma
+
+    def values(self):
+        """s e * keep [rank]; the gradient reaches all of e."""
+        return self.scaling * (self.e + (self.keep - 1) * self.e.detach())
+
+    def forward(self, inner, x):
+        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        h = self.site.scale(self.site.down(z, self.Q), self.values())
+        return self.site.add_up(inner(x), h, self.P)
+
+    def weight(self, w):
+        return w + (self.P * self.values()) @ self.Q
+
+    def smooth(self) -> None:
+        """Follow sensitivity and uncertainty of every entry."""
+        for name in ("P", "Q", "e"):
+            p, j, u = (self.get_parameter(name), *self.averages(name))
+            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            j.lerp_(now, 1 - self.beta1)
+            u.lerp_((now - j).abs(), 1 - self.beta2)
+
+    def averages(self, name):
+        return self.get_buffer(f"sensitivity_{name}"), self.get_buffer(f"uncertainty_{name}")
+
+    def importance(self):
+        """Of each triplet, [rank]."""
+        P, Q, e = (j * u for j, u in map(self.averages, ("P", "Q", "e")))
+        return e + P.mean(0) + Q.mean(1)
+
+    @classmethod
+    def budget(cls, deltas, progress: float) -> int:
+        """The number of triplets kept over all sites."""
+        one = deltas[0]
+        start, end = sum(len(d.e) for d in deltas), sum(d.target_rank for d in deltas)
+        left = 1 - (progress - one.warmup) / (1 - one.warmup - one.cooldown)
+        return int(end + (start - end) * min(max(left, 0.0), 1.0) ** 3 + 1e-6)  # the cube of a fraction rounds
+
+    @classmethod
+    @torch.no_grad()
+    def step(cls, deltas, progress):
+        if progress < 1 - deltas[0].cooldown:
+            for d in deltas:
+                d.smooth()
+        scores = torch.cat([d.importance() for d in deltas])
+        keep = torch.zeros_like(scores)
+        keep[scores.topk(cls.budget(deltas, progress)).indices] = 1
+        for d, kept in zip(deltas, keep.split([len(d.e) for d in deltas])):
+            d.keep.copy_(kept)
+            d.e.mul_(kept)
+
+    @classmethod
+    def penalty(cls, deltas):
+        def away(gram):
+            return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+        terms = [away(g) for d in deltas for g in (d.P.T @ d.P, d.Q @ d.Q.T)]
+        return deltas[0].gamma * torch.stack(terms).mean()

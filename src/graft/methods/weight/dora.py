@@ -1,0 +1,58 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation. Liu et al., 2024."""
+
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.hyper import Range
+from .lora import LoRA
+
+
+class DoRA(Delta, name="dora"):
+    """W' = diag(m / ||V||) V with V = W + s B A and ||V|| [out] the norms of its rows (equation 5).
+
+    m [out] is trained from the norms of W, beside LoRA's A [rank, in] and B [out, rank], so that the adapted model
+    starts as the base. The norms are constants for the gradient (section 4.3). They come in closed form,
+
+        ||w + b A||^2 = ||w||^2 + 2 <w A^T, b> + b (A A^T) b^T    for each row w of W and b of s B,
+
+    without s B A [out, in]; activations are rescaled, y = (W x + s B (A x)) m / ||V|| + bias. Dropout falls on the
+    input of the low-rank update only.
+    """
+
+    papers = (
+        Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
+    )
+    small = dict(rank=2)
+
+    def __init__(
+        self,
+        site,
+        *,
+        rank: Annotated[int, "rank of the update of the direction", Range(1)] = 8,
+        alpha: Annotated[float, "numerator of the scaling s"] = 16.0,
+        dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
+        rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
+    ):
+        super().__init__(site)
+        self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+        self.m = nn.Parameter(self.norm(site.weight_now))
+
+    @torch.no_grad()
+    def norm(self, w):
+        """Row norms of V [out] for w [out, in]."""
+        wide = torch.promote_types(w.dtype, torch.float32)
+        a, b = self.low.A.to(wide), self.low.scaling * self.low.B.to(wide)
+        cross = 2 * (w @ self.low.A.T.to(w.dtype)) + b @ (a @ a.T)
+        square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
+        return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
+
+    def forward(self, inner, x):
+        y = self.low(inner, x)
+        gain = self.m / self.norm(inner.weight) - 1  # as a difference: exact at the start, in half precision too
+        return self.site.rescale(y, gain, inner.bias)
+
+    def weight(self, w):
+        return (self.m / self.norm(w))[:, None] * self.low.weight(w)
