@@ -138,7 +138,7 @@ class Adapter:
         )
 
     def _sites(self, cls: type[Delta], targets, stats) -> list[Site]:
-        picked = resolve(self.model, targets, cls.hosts)
+        picked = [place for path, m in resolve(self.model, targets, cls.hosts) for place in cls.places(path, m)]
         sites = [
             site_for(path, module, cls.hosts, index=i, count=len(picked), stats=(stats or {}).get(path))
             for i, (path, module) in enumerate(picked)

@@ -99,6 +99,11 @@ class Delta(nn.Module, metaclass=_MethodType):
         return cls.weight is not Delta.weight
 
     @classmethod
+    def places(cls, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules at which deltas go when `module` at `path` is the target: that one, unless the method differs."""
+        return [(path, module)]
+
+    @classmethod
     def refuses(cls, site) -> str | None:
         """Why the method cannot work at `site` although its kind fits, or None. Presets leave such sites out."""
 

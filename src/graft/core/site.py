@@ -54,7 +54,7 @@ def kind_of(module: nn.Module) -> str:
 
 def site_for(path: str, module: nn.Module, hosts: tuple[str, ...] = ("module",), **position) -> "Site":
     """The site of `module` for a method that works on the kinds `hosts`."""
-    if path == "" and "model" in hosts:
+    if "model" in hosts:
         return ModelSite(path, module, **position)
     if "attention" in hosts:
         from .attention import AttentionSite
@@ -114,7 +114,7 @@ class Site:
 
 
 class ModelSite(Site):
-    """The model itself, path "": for prompts and changes of logits."""
+    """A model: the whole one, path "", for changes of logits, or the backbone in it, for prompts."""
 
     kind = "model"
 
