@@ -234,6 +234,8 @@ def mount(name: str, delta: Delta) -> None:
         host.__class__ = adapted_class(type(host))
         host.__dict__.update(host_forward=own, site=delta.site, linked=())
         host.deltas = Deltas()
+    elif delta.place != "forward" and host.site.kind != delta.site.kind:
+        host.site = delta.site  # only the site of such a place can link its deltas
     host.deltas[name] = delta
 
 
