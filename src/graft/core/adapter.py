@@ -143,7 +143,7 @@ class Adapter:
         )
 
     def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
-        picked = resolve(self.model, targets, cls.hosts)
+        picked = [place for path, m in resolve(self.model, targets, cls.hosts) for place in cls.places(path, m)]
         own = None if saved is None else tensors_by_path(saved)
         sites = [
             site_for(

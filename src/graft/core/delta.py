@@ -99,6 +99,11 @@ class Delta(nn.Module, metaclass=_MethodType):
         return cls.weight is not Delta.weight
 
     @classmethod
+    def places(cls, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules at which deltas go when `module` at `path` is the target: that one, unless the method differs."""
+        return [(path, module)]
+
+    @classmethod
     def refuses(cls, site) -> str | None:
         """Why the method cannot work at `site` although its kind fits, or None. Presets leave such sites out."""
 
@@ -229,6 +234,8 @@ def mount(name: str, delta: Delta) -> None:
         host.__class__ = adapted_class(type(host))
         host.__dict__.update(host_forward=own, site=delta.site, linked=())
         host.deltas = Deltas()
+    elif delta.place != "forward" and host.site.kind != delta.site.kind:
+        host.site = delta.site  # only the site of such a place can link its deltas
     host.deltas[name] = delta
 
 
@@ -248,6 +255,9 @@ def unmount(name: str, delta: Delta) -> None:
 
 def strip(host: Adapted) -> None:
     """Put the class and the attributes of a host back as they were."""
+    late = host.__dict__.get("forward")
+    if getattr(late, "__func__", None) is type(host).forward:  # transformers 4.57 leaves it where it recorded outputs
+        del host.__dict__["forward"]
     own, host.__class__ = host.host_forward, host.host_class
     del host.deltas
     for attribute in ("chain", "linked", "site", "host_forward"):

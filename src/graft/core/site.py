@@ -62,7 +62,7 @@ def kind_of(module: nn.Module) -> str:
 
 def site_for(path: str, module: nn.Module, hosts: tuple[str, ...] = ("module",), **position) -> "Site":
     """The site of `module` for a method that works on the kinds `hosts`."""
-    if path == "" and "model" in hosts:
+    if "model" in hosts:
         return ModelSite(path, module, **position)
     if "attention" in hosts:
         from .attention import AttentionSite
@@ -110,13 +110,13 @@ class Site:
 
     @property
     def width(self) -> int:
-        """Number of output features: as observed (statistics), else that of the last matrix inside."""
+        """Number of output features: as observed (statistics), else that of the last matrix (or norm) inside."""
         if seen := self.stats.get("width"):
             return seen
         inside = [m for m in self.module.modules() if not getattr(m, "graft_owned", False)]
-        matrices = [m for m in inside if kind_of(m) in ("linear", "conv")]
-        if matrices:
-            return site_for("", matrices[-1], ("linear", "conv")).d_out
+        for kinds in ("linear", "conv"), ("norm",):
+            if found := [m for m in inside if kind_of(m) in kinds]:
+                return site_for("", found[-1], kinds).d_out
         raise GraftError(f"{self.path}: the size of its output cannot be told; collect the statistic 'width' first")
 
     def relinked(self, deltas: list) -> None:
@@ -141,7 +141,7 @@ class Site:
 
 
 class ModelSite(Site):
-    """The model itself, path "": for prompts and changes of logits."""
+    """A model: the whole one, path "", for changes of logits, or the backbone in it, for prompts."""
 
     kind = "model"
 

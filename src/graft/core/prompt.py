@@ -1,0 +1,147 @@
+"""Prompts: learnt vectors before the embedded tokens of a transformers model.
+
+The host is not the model as a whole but its backbone: the module that turns tokens into hidden states, below every
+head. It reads [prompt; tokens] and gives back the states of the tokens alone. So everything above it, the logits and
+the loss, a head that reads the first or the last token, a caller that counts tokens, `generate`, sees what it would
+see without a prompt, and needs no change.
+
+    prefill     x = [P; embed(tokens)], mask = [1; mask], positions = [0 .. length-1; positions + length]
+    decoding    P lies in the cache: mask = [1; mask], positions + length
+
+In an encoder-decoder model the encoder reads the prompt, and the decoder's cross attention sees its states too: those
+of the encoder's output are length more than the tokens, and the mask which the decoder is given is lengthened.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .delta import Delta, Host
+from .errors import GraftError
+from .site import kind_of
+
+RECURRENT = ("cache_params", "mems", "state")  # arguments of models that keep their past in something else than keys
+
+
+class Prompt(Delta):
+    """A delta of the input: `prompt()` gives the vectors P [length, width], in the space of the embedded tokens."""
+
+    hosts = ("model",)
+    targets = ""
+    starts_as_base = False
+    per_row = False
+    length: int
+
+    @classmethod
+    def places(cls, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The backbone of the model, or its encoder and its decoder."""
+        config: Any = getattr(module, "config", None)
+        if not hasattr(module, "get_input_embeddings") or config is None:
+            raise GraftError(
+                f"{cls.name} needs a transformers model; {type(module).__name__} has no get_input_embeddings"
+            )
+        model: Any = module
+        if getattr(config, "is_encoder_decoder", False):
+            found = [model.get_encoder(), model.get_decoder()]
+        else:
+            found = [getattr(model.base_model, "language_model", model.base_model)]
+        paths = {id(m): p for p, m in module.named_modules()}
+        return [(".".join(filter(None, (path, paths[id(m)]))), m) for m in found]
+
+    @classmethod
+    def refuses(cls, site):
+        names = _arguments(site.module)
+        if "inputs_embeds" not in names:
+            return f"{type(site.module).__name__} takes no inputs_embeds"
+        if past := [n for n in RECURRENT if n in names]:
+            return (
+                f"{type(site.module).__name__} keeps its past in {past[0]}, where a prompt cannot be told from tokens"
+            )
+        if kind_of(getattr(site.module, "pooler", None) or nn.Identity()) == "linear":
+            return f"the pooler of {type(site.module).__name__} is given the first state, which would be the prompt's"
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.names = _arguments(site.module)
+        self.reads = site.index == 0  # the second of two places is the decoder of an encoder-decoder model
+        self.keeps = site.count == 2  # whose encoder hands the states of the prompt on to it
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The model's own embedding of token ids, scaled as the model does it."""
+        return self.site.module.get_input_embeddings()(tokens)
+
+    def prompt(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, inner, *args, **kwargs):
+        kwargs.update(zip(self.names, args))
+        if not self.reads:
+            return inner(**self._cross(kwargs))
+        tokens, x = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+        count = (tokens if x is None else x).shape[1]
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        self._extend(kwargs, count, past, isinstance(inner, Host))
+        if past:
+            return inner(input_ids=tokens, inputs_embeds=x, **kwargs)
+        if cache is not None and cache.is_compileable:
+            raise GraftError(f"{self.name} needs a cache that grows: {type(cache).__name__} has no room for the prompt")
+        x = self.embed(tokens) if x is None else x
+        prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)
+        wanted = kwargs.pop("return_dict", None)
+        as_tuple = (self.site.module.config.return_dict if wanted is None else wanted) is False
+        out = inner(inputs_embeds=torch.cat([prompt, x], 1), return_dict=True, **kwargs)
+        if not self.keeps:
+            out = self._tokens_only(out)
+        return out.to_tuple() if as_tuple else out
+
+    def _extend(self, kwargs: dict, count: int, past, innermost: bool) -> None:
+        """Make mask, positions and token types those of the prompt and the tokens."""
+        mask, positions, n = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.length
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise GraftError(f"{self.name} needs an attention mask of shape [batch, tokens], and the default cache")
+        if past and innermost:
+            known = past - n if mask is None else mask.shape[1] - count
+            if mask is None and positions is not None and positions.dim() == 2 and not torch.compiler.is_compiling():
+                known = int(positions[0, 0])  # the mask is left out where no token is masked
+            if known != past - n:
+                raise GraftError(
+                    f"{self.name}: the cache holds {past - n} tokens and the prompt, the caller knows of {known}. "
+                    f"Start with an empty cache, or give the new tokens alone with the mask of all tokens; assisted "
+                    f"decoding needs transformers 5"
+                )
+        if mask is not None:
+            kwargs["attention_mask"] = F.pad(mask, (n, 0), value=1)
+        for key in ("position_ids", "cache_position"):
+            if (at := kwargs.get(key)) is not None:
+                front = torch.arange(n, device=at.device, dtype=at.dtype).expand(*at.shape[:-1], n)
+                kwargs[key] = at + n if past else torch.cat([front, at + n], -1)
+        if kwargs.get("token_type_ids") is not None and not past:
+            kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (n, 0))
+
+    def _cross(self, kwargs: dict) -> dict:
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is not None and mask is not None and states.shape[1] - mask.shape[1] >= self.length:
+            kwargs["encoder_attention_mask"] = F.pad(mask, (self.length, 0), value=1)
+        return kwargs
+
+    def _tokens_only(self, out):
+        """The output without what belongs to the prompt; the pooled state is that of the first token."""
+        n = self.length
+        for key, value in list(out.items()):
+            if key == "last_hidden_state":
+                out[key] = value[:, n:]
+            elif key == "hidden_states":
+                out[key] = tuple(h[:, n:] for h in value)
+            elif key in ("attentions", "cross_attentions"):  # [batch, heads, queries, keys]
+                out[key] = tuple(a[:, :, n:] for a in value)
+        if out.get("pooler_output") is not None:
+            out["pooler_output"] = self.site.module.pooler(out.last_hidden_state)
+        return out
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

@@ -1,0 +1,39 @@
+"""Adapters after both sub-layers. Houlsby et al., 2019."""
+
+from typing import Annotated, Literal
+
+from torch import nn
+
+from ...core.delta import Paper
+from ...core.hyper import Range
+from .bottleneck import Serial
+
+
+class Houlsby(Serial, name="houlsby"):
+    """h' = h + up(act(down(h))) after the attention and after the MLP of each block, before the residual connection.
+
+    h [..., width] is the output of the sub-layer, down [size, width], up [width, size]. Weights start from a normal
+    distribution cut at two standard deviations, biases at zero: close to the base, not equal to it.
+    """
+
+    papers = (
+        Paper(
+            "Parameter-Efficient Transfer Learning for NLP", "Houlsby et al.", 2019, "https://arxiv.org/abs/1902.00751"
+        ),
+    )
+    targets = ["attention", "mlp"]
+    starts_as_base = False
+    small = dict(size=3)
+
+    def __init__(
+        self,
+        site,
+        *,
+        size: Annotated[int, "features of the bottleneck", Range(1)] = 64,
+        activation: Annotated[Literal["gelu", "relu", "silu", "tanh"], "between the two maps"] = "gelu",
+        std: Annotated[float, "standard deviation of the initial weights", Range(above=0)] = 0.01,
+    ):
+        super().__init__(site, size, activation)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,64 @@
+"""One adapter a block. Pfeiffer et al., 2020."""
+
+from typing import Annotated, Literal
+
+from torch import nn
+
+from ...core.delta import Paper
+from ...core.hyper import Range
+from ...core.site import kind_of
+from .bottleneck import Serial
+
+
+class Pfeiffer(Serial, name="pfeiffer"):
+    """A(z) + r after the MLP of each block: z is the block's normalised or summed state, r the output of the MLP.
+
+    Pre-norm models (Llama, GPT-2, ViT): the host is the block, y = x + r, and y' = y + A(y), A(y) = up(act(down(y))).
+    Post-norm models (BERT, RoBERTa): the host is the block's last LayerNorm n, called with x + r, and
+    n'(x + r) = n(x + r + A(n(x + r))): target it with targets=r"output\\.LayerNorm" (it lies outside the attention).
+    down [size, width], up [width, size]; weights start from a normal distribution with standard deviation 0.02.
+    """
+
+    papers = (
+        Paper(
+            "MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer",
+            "Pfeiffer et al.",
+            2020,
+            "https://arxiv.org/abs/2005.00052",
+        ),
+        Paper(
+            "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",
+            "Pfeiffer et al.",
+            2020,
+            "https://arxiv.org/abs/2005.00247",
+        ),
+    )
+    hosts = ("module",)
+    targets = "blocks"
+    starts_as_base = False
+    small = dict(size=3)
+
+    def __init__(
+        self,
+        site,
+        *,
+        size: Annotated[int, "features of the bottleneck", Range(1)] = 48,
+        activation: Annotated[Literal["gelu", "relu", "silu", "tanh"], "between the two maps"] = "relu",
+    ):
+        super().__init__(site, size, activation)
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.after_norm = kind_of(site.module) == "norm"
+
+    @classmethod
+    def refuses(cls, site):
+        last = [name for name, _ in site.module.named_modules() if name in ("output.LayerNorm", "output_layer_norm")]
+        if last:
+            return f"it normalises its own output, and the adapter goes before that: target its {last[0]}"
+
+    def forward(self, inner, *args, **kwargs):
+        if self.after_norm:
+            (x,) = args
+            return inner(x + self.branch(inner(x)))
+        return super().forward(inner, *args, **kwargs)

@@ -1,0 +1,54 @@
+"""The Power of Scale for Parameter-Efficient Prompt Tuning. Lester et al., 2021."""
+
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from ...core.delta import Paper
+from ...core.hyper import Range
+from ...core.prompt import Prompt
+
+
+class PromptTuning(Prompt, name="prompt_tuning"):
+    """y = f([P; embed(tokens)]), P [length, width] trained; the outputs are those of the tokens.
+
+    The prompt stands before the first token, padding on the left included, at positions 0 .. length-1; the tokens
+    follow at positions moved by length. P starts from the embeddings of random tokens, of the given `tokens`, or
+    uniform in [-0.5, 0.5]. In an encoder-decoder model the encoder reads it.
+
+    Logits, labels and loss concern the caller's tokens only: a causal model is not trained to give the first token
+    after the prompt, which PEFT counts in its loss unless that token's label is -100.
+    Documents packed into one row and told apart by positions that start again would not all see the prompt.
+    """
+
+    papers = (
+        Paper(
+            "The Power of Scale for Parameter-Efficient Prompt Tuning",
+            "Lester et al.",
+            2021,
+            "https://arxiv.org/abs/2104.08691",
+        ),
+    )
+    small = dict(length=3)
+
+    def __init__(
+        self,
+        site,
+        *,
+        length: Annotated[int, "vectors of the prompt", Range(1)] = 100,
+        init: Annotated[Literal["vocabulary", "uniform"], "where the vectors start"] = "vocabulary",
+        tokens: Annotated[tuple | None, "ids of tokens to start from, repeated to the length"] = None,
+    ):
+        super().__init__(site)
+        self.length = length
+        if not self.reads:
+            return
+        count = site.module.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(count, (length,)) if tokens is None else torch.tensor(tokens).repeat(length)[:length]
+        with torch.no_grad():
+            start = self.embed(ids.to(site.where().device)).float().cpu()
+        self.embedding = nn.Parameter(start if init == "vocabulary" or tokens else torch.rand_like(start) - 0.5)
+
+    def prompt(self):
+        return self.embedding
