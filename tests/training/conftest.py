@@ -8,7 +8,34 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+WORDS = [
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+    "f",
+    "g",
+    "h",
+    "i",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "o",
+    "p",
+    "q",
+    "r",
+    "s",
+    "t",
+    "u",
+    "v",
+    "w",
+    "x",
+    "y",
+    "z",
+]
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<end>", "<user>", "<assistant>", "<system>"]
 
 

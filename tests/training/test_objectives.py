@@ -156,7 +156,9 @@ def test_labels_have_the_order_of_the_model_the_data_or_the_alphabet(tokenizer):
 
 
 def test_a_model_with_another_number_of_outputs_is_refused(tokenizer):
-    with pytest.raises(GraftError, match="the model has 2 outputs and the data 3 labels: load the model with num_labels=3"):
+    with pytest.raises(
+        GraftError, match="the model has 2 outputs and the data 3 labels: load the model with num_labels=3"
+    ):
         evaluate(models.bert(2), [{"text": "a", "label": c} for c in "xyz"], processor=tokenizer)
     with pytest.raises(GraftError, match="row 0 has the label 'x', which is not a number"):
         evaluate(models.bert(1), [{"text": "a", "label": "x"}], processor=tokenizer, objective="regression")

@@ -101,7 +101,8 @@ def attach(
 class Adapter:
     """The deltas of one method on one model. Made by `attach`; then save, switch off, freeze, step, detach.
 
-    `saved` are the tensors of a file, as `state_dict` gives them, when an adapter is built to take them.
+    `saved` are the tensors of a file, as `state_dict` gives them, when an adapter is built to take them; targets and
+    heads are then the very paths.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Adapter:
         self.targets = cls.targets if targets is None else targets
         sites = self._sites(cls, self.targets, stats, saved)
         taken = {id(s.module) for s in sites}
-        self.heads = [(p, m) for p, m in resolve(model, heads, HEADS)] if heads else []
+        self.heads = self._picked(heads, HEADS, saved) if heads else []
         if both := [p for p, m in self.heads if id(m) in taken]:
             raise GraftError(f"{both[0]} is a target of {cls.name} and a head: choose one of the two")
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +144,9 @@ class Adapter:
         )
 
     def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
-        picked = [place for path, m in resolve(self.model, targets, cls.hosts) for place in cls.places(path, m)]
+        picked = self._picked(targets, cls.hosts, saved)
+        if saved is None:
+            picked = [place for path, module in picked for place in cls.places(path, module)]
         own = None if saved is None else tensors_by_path(saved)
         sites = [
             site_for(
@@ -179,6 +182,11 @@ class Adapter:
             site.index, site.count = i, len(kept)
         return kept
 
+    def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
+        if saved is None:
+            return resolve(self.model, targets, hosts)
+        return [(path, self.model.get_submodule(path)) for path in targets]
+
     @staticmethod
     def _place(module: Any, site: Site, dtype: torch.dtype | None) -> Any:
         where = site.where()
@@ -210,14 +218,15 @@ class Adapter:
             for delta in self.deltas.values():
                 mount(self.name, delta)
                 done.append(delta)
+            found.adapters[self.name] = self
+            found.activate((*found.active, self.name))
         except Exception:
             found.adapters[self.name] = self
+            found.active = tuple(n for n in found.active if n != self.name)
             self._leave(done)
             raise
         if self.shared is not None:
             self._keeper()[f"*{self.name}"] = self.shared
-        found.adapters[self.name] = self
-        found.activate((*found.active, self.name))
 
     def detach(self) -> None:
         """Take the deltas off; the last adapter to leave restores the base with all its attributes and flags."""

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,9 +287,9 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
             adapter = Adapter(
                 model,
                 saved.recipe,
-                "model" if saved.modules == [""] else _exactly(saved.modules),
+                saved.modules,
                 name,
-                heads=_exactly(saved.heads) if saved.heads else (),
+                heads=saved.heads,
                 seed=saved.seed,
                 dtype=saved.dtype,
                 saved=saved.tensors,
@@ -300,18 +299,8 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
     except Exception as error:  # values which a constructor never met: sizes that overflow, that fit no memory
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraftError(f"the saved {saved.recipe.method.name} adapter cannot be built here: {reason}") from error
-    if other := [path for path in (*saved.modules, *saved.heads) if path not in adapter.deltas]:
-        kind = class_name(here[other[0]])
-        raise GraftError(
-            f"{other[0]} is a {kind} here, on which {saved.recipe.method.name} does not work: another base?"
-        )
     adapter.targets = saved.targets
     return adapter
-
-
-def _exactly(paths: Iterable[str]):
-    chosen = set(paths)
-    return lambda path, module: path in chosen
 
 
 class _Bounded(TorchFunctionMode):
