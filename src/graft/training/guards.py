@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core.errors import GraftError
+from .messages import nearest
 from .objectives import Objective
 from .text import IGNORED
 
@@ -35,6 +36,20 @@ def check_settings(given: Mapping[str, Any]) -> None:
         raise GraftError(f"resume is True, False or 'auto', not {given['resume']!r}")
     if given["patience"] is not None and given["validation"] is None:
         raise GraftError("patience needs validation data: pass validation=, for example 0.1 to hold out a tenth")
+
+
+def check_trackers(names: Sequence[Any]) -> None:
+    """Refuse what accelerate does not know, and what it would leave out without a word."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, present = {str(n) for n in LOGGER_TYPE_TO_CLASS}, {str(n) for n in get_available_trackers()}
+    for name in names:
+        if isinstance(name, str) and name not in known:
+            raise GraftError(f"no tracker is called {name!r}: {nearest(name, known)}")
+        if isinstance(name, str) and name not in present:
+            raise GraftError(f"the tracker {name} is not installed: pip install {name}")
 
 
 @contextmanager

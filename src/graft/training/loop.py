@@ -18,7 +18,7 @@ from . import checkpoints, optimizers, resumption
 from .batches import Plan
 from .data import held_out, read
 from .evaluation import choose, half, length, measure, processor_of
-from .guards import check_packing, check_settings, not_finite, recomputing, training_mode, within_memory
+from .guards import check_packing, check_settings, check_trackers, not_finite, recomputing, training_mode, within_memory
 from .messages import nearest
 from .objectives import name_classes
 from .report import PeakMemory, Report
@@ -133,6 +133,7 @@ def fit(
     run = None if output is None else Path(output)
     if trackers and run is None:
         raise GraftError("trackers write into the folder of the run: pass output=")
+    check_trackers(trackers)
 
     # The data as batches.
     examples, held = read(data, columns=columns), None
