@@ -3,6 +3,8 @@
 Each takes the frozen layer, keeps float32 parameters and computes in the dtype of the input, like the library does.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,10 +46,16 @@ class DoRA(LoRA):
         return y + gain * (y if self.base.bias is None else y - self.base.bias)
 
 
+@functools.cache
+def projections(rank, size=4096):
+    """VeRA's A [rank, size] and B [size, rank], the same for all layers."""
+    return torch.randn(rank, size) / size**0.5, torch.randn(size, rank) / rank**0.5
+
+
 class VeRA(Layer):
-    def __init__(self, base, A, B, rank=256):
+    def __init__(self, base, rank=256):
         super().__init__(base)
-        self.A, self.B = A, B  # plain references: shared by all layers
+        self.A, self.B = projections(rank)
         self.d = nn.Parameter(torch.full((rank,), 0.1))
         self.b = nn.Parameter(torch.zeros(self.d_out))
 
@@ -74,12 +82,17 @@ class LoHa(Layer):
 class LoKr(Layer):
     """x as a matrix: y + s W1 X (B2 A2)^T."""
 
-    def __init__(self, base, a, b, c, d, rank=8, alpha=8.0):
+    def __init__(self, base, rank=8, alpha=8.0):
         super().__init__(base)
+        (a, b), (c, d) = (self.nearest_to_a_square(size) for size in (self.d_out, self.d_in))
         self.W1 = nn.Parameter(torch.randn(a, c) / c**0.5)
         self.A2 = nn.Parameter(torch.zeros(rank, d))
         self.B2 = nn.Parameter(torch.randn(b, rank) / rank**0.5)
         self.c, self.scaling = c, alpha / rank
+
+    @staticmethod
+    def nearest_to_a_square(size):
+        return next((m, size // m) for m in range(int(size**0.5), 0, -1) if size % m == 0)
 
     def forward(self, x):
         h = F.linear(x.unflatten(-1, (self.c, -1)), self.A2.to(x.dtype))
@@ -99,3 +112,14 @@ class AdaLoRA(Layer):
     def forward(self, x):
         e = (self.scaling * self.e * self.keep).to(x.dtype)
         return self.base(x) + F.linear(F.linear(x, self.Q.to(x.dtype)) * e, self.P.to(x.dtype))
+
+
+HAND = {
+    "lora": LoRA,
+    "lora, dropout": functools.partial(LoRA, dropout=0.1),
+    "dora": DoRA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "adalora": AdaLoRA,
+}

@@ -1,31 +1,18 @@
-"""The same layer adapted by Graft and by Hugging Face PEFT, in float64."""
+"""The same layer adapted by Graft and by Hugging Face PEFT, in float64, with the same tensors."""
 
 import copy
 
-import peft
 import torch
+from peft_reference import Host, peft_layer
 from torch import nn
 
 import graft
 
 
-class One(nn.Module):
-    """A model of one layer, which both libraries find under the name "host"."""
-
-    def __init__(self, host):
-        super().__init__()
-        self.host = host
-
-    def forward(self, x):
-        return self.host(x)
-
-
 def both(host: nn.Module, recipe, config) -> tuple:
-    """(our model, its delta, PEFT's model, PEFT's layer) on copies of `host`."""
-    ours, theirs = One(copy.deepcopy(host)).double(), One(copy.deepcopy(host)).double()
-    adapter = graft.attach(ours, recipe, "host")
-    theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False).double()
-    return ours, adapter.deltas["host"], theirs, theirs.base_model.model.host
+    """(our model, its delta, PEFT's layer) on copies of `host` in float64."""
+    ours = Host(copy.deepcopy(host)).double()
+    return ours, graft.attach(ours, recipe, "host").deltas["host"], peft_layer(host.double(), config)
 
 
 def fill(pairs, scale=0.3) -> None:

@@ -19,5 +19,5 @@ def peft_layer(host: nn.Module, config) -> nn.Module:
     import peft
 
     config.target_modules = ["host"]
-    model = peft.inject_adapter_in_model(config, Host(copy.deepcopy(host)))
-    return model.to(next(host.parameters()).dtype).host
+    model = peft.get_peft_model(Host(copy.deepcopy(host)), config)
+    return model.to(next(host.parameters()).dtype).base_model.model.host

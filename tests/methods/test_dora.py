@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from against_peft import One, both, fill, same
+from against_peft import both, fill, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from peft_reference import Host
 from sizes import largest
 from torch import nn
 
@@ -37,9 +38,9 @@ def test_is_pefts_dora(kind, rslora):
     torch.manual_seed(0)
     host, x = HOSTS[kind][0](), HOSTS[kind][1]()
     x = x.double() if x.is_floating_point() else x
-    config = LoraConfig(r=3, lora_alpha=5, use_dora=True, use_rslora=rslora, target_modules=["host"],
+    config = LoraConfig(r=3, lora_alpha=5, use_dora=True, use_rslora=rslora,
                         fan_in_fan_out=kind == "conv1d")  # fmt: skip
-    ours, delta, theirs, layer = both(host, graft.DoRA(rank=3, alpha=5.0, rslora=rslora), config)
+    ours, delta, layer = both(host, graft.DoRA(rank=3, alpha=5.0, rslora=rslora), config)
     magnitude = layer.lora_magnitude_vector["default"].weight
     torch.testing.assert_close(delta.m, magnitude.flatten())
     if kind == "embedding":
@@ -48,13 +49,13 @@ def test_is_pefts_dora(kind, rslora):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     pairs = [(delta.low.A, a), (delta.low.B, b), (delta.m, magnitude)]
     fill(pairs)
-    same(ours, theirs, pairs, x)
+    same(ours, layer, pairs, x)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(0.1, 9))
 def test_norms_in_closed_form(d_in, d_out, rank, alpha):
-    model = One(nn.Linear(d_in, d_out).double())
+    model = Host(nn.Linear(d_in, d_out).double())
     delta = graft.attach(model, graft.DoRA(rank=rank, alpha=alpha), "host").deltas["host"]
     with torch.no_grad():
         delta.low.B.normal_()
@@ -64,7 +65,7 @@ def test_norms_in_closed_form(d_in, d_out, rank, alpha):
 
 def test_norms_are_constants_for_the_gradient():
     host, x = linear()
-    model = One(copy.deepcopy(host).double())
+    model = Host(copy.deepcopy(host).double())
     delta = graft.attach(model, graft.DoRA(rank=2), "host").deltas["host"]
     with torch.no_grad():
         delta.low.B.normal_()
@@ -79,14 +80,14 @@ def test_norms_are_constants_for_the_gradient():
 
 
 def test_no_matrix_of_full_size_is_made():
-    model = One(nn.Linear(256, 256))
+    model = Host(nn.Linear(256, 256))
     graft.attach(model, graft.DoRA(rank=2), "host")
     x = torch.randn(4, 256)
     assert largest(lambda: model(x).sum().backward()) < 256 * 256
 
 
 def test_output_is_kept_instead_of_its_parts():
-    model = One(nn.Linear(8, 12))
+    model = Host(nn.Linear(8, 12))
     graft.attach(model, graft.DoRA(rank=2), "host")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -97,21 +98,21 @@ def test_output_is_kept_instead_of_its_parts():
 
 def test_starts_as_the_model_it_finds():
     host, x = linear()
-    model = One(host.double())
+    model = Host(host.double())
     inner = graft.attach(model, graft.LoRA(rank=2), "host", name="inner")
     with torch.no_grad():
         inner.deltas["host"].B.normal_()
     before = model(x)
     graft.attach(model, graft.DoRA(rank=2), "host", name="outer")
     torch.testing.assert_close(model(x), before)
-    merged = One(nn.Linear(8, 12).double())
+    merged = Host(nn.Linear(8, 12).double())
     merged.load_state_dict(graft.merged_state_dict(model))
     torch.testing.assert_close(merged(x), before)
 
 
 def test_dropout_falls_on_the_input_of_the_update():
     host, x = linear()
-    model = One(host.double()).train()
+    model = Host(host.double()).train()
     delta = graft.attach(model, graft.DoRA(rank=2, dropout=0.4), "host").deltas["host"]
     with torch.no_grad():
         delta.low.B.normal_()
@@ -129,7 +130,7 @@ def test_rows_of_zeros_stay_finite():
     host, x = linear()
     with torch.no_grad():
         host.weight[3] = 0
-    model = One(host.double())
+    model = Host(host.double())
     adapter = graft.attach(model, graft.DoRA(rank=2), "host")
     y = model(x)
     y.square().sum().backward()

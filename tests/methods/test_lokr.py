@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against_peft import One, both, fill, same
+from against_peft import both, fill, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoKrConfig
 from peft.tuners.lokr.layer import factorization
+from peft_reference import Host
 from sizes import largest
 from torch import nn
 
@@ -34,14 +35,14 @@ def test_is_pefts_lokr(kind, rank, both_low, factor):
         host, x = nn.Linear(16, 24), torch.randn(3, 5, 16, dtype=torch.float64)
     else:
         host, x = nn.Conv2d(6, 12, 3, stride=2, padding=1), torch.randn(2, 6, 7, 7, dtype=torch.float64)
-    config = LoKrConfig(r=rank, alpha=3, decompose_both=both_low, decompose_factor=factor, target_modules=["host"])
+    config = LoKrConfig(r=rank, alpha=3, decompose_both=both_low, decompose_factor=factor)
     recipe = graft.LoKr(rank=rank, alpha=3.0, decompose_both=both_low, factor=factor)
-    ours, delta, theirs, layer = both(host, recipe, config)
+    ours, delta, layer = both(host, recipe, config)
     found = {mine: dict(getattr(layer, other)).get("default") for mine, other in NAMES.items()}
     assert {k for k, v in found.items() if v is not None} == set(dict(delta.named_parameters()))
     pairs = [(getattr(delta, k), v) for k, v in found.items() if v is not None]
     fill(pairs)
-    same(ours, theirs, pairs, x)
+    same(ours, layer, pairs, x)
 
 
 @pytest.mark.parametrize("rank, both_low", [(1, True), (2, False)])
@@ -50,7 +51,7 @@ def test_is_lycoris(rank, both_low):
     torch.manual_seed(0)
     host, x = nn.Linear(16, 24).double(), torch.randn(5, 16, dtype=torch.float64)
     theirs = lycoris.LokrModule("host", host, lora_dim=rank, alpha=3, decompose_both=both_low).double()
-    model = One(host)
+    model = Host(host)
     delta = graft.attach(model, graft.LoKr(rank=rank, alpha=3.0, decompose_both=both_low), "host").deltas["host"]
     pairs = [(getattr(delta, k), getattr(theirs, v)) for k, v in NAMES.items() if getattr(delta, k) is not None]
     for mine, other in pairs:
@@ -91,7 +92,7 @@ def test_an_embeddings_scale_is_applied_once():
         def forward(self, x):
             return super().forward(x) * self.embed_scale
 
-    model = One(Scaled(16, 12).double())
+    model = Host(Scaled(16, 12).double())
     adapter = graft.attach(model, graft.LoKr(rank=1), "host")
     with torch.no_grad():
         for p in adapter.parameters():
@@ -103,7 +104,7 @@ def test_an_embeddings_scale_is_applied_once():
 
 @pytest.mark.parametrize("rank", [2, 64])
 def test_no_matrix_of_full_size_is_made(rank):
-    model = One(nn.Linear(256, 256))
+    model = Host(nn.Linear(256, 256))
     graft.attach(model, graft.LoKr(rank=rank), "host")
     x = torch.randn(4, 256)
     assert largest(lambda: model(x).sum().backward()) < 256 * 256

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
@@ -56,17 +55,16 @@ class LoHa(Delta, name="loha"):
     def forward(self, inner, x):
         y = inner(x)
         if self.dense:
-            return y + checkpoint(self.product, x, use_reentrant=False, preserve_rng_state=False)
+            B1 = self.scaling * self.B1
+            return y + self.site.apply_formed(x, hadamard, B1, None, self.A1, self.B2, self.A2)
         A = (self.A1[:, None] * self.A2).flatten(0, 1)
         B = (self.scaling * self.B1[:, :, None] * self.B2[:, None]).flatten(1)
         return self.site.add_up(y, self.site.down(x, A), B)
 
-    def product(self, x):
-        return self.site.apply(x, self.matrix())
-
-    def matrix(self):
-        """W' - W [out, in]."""
-        return self.scaling * (self.B1 @ self.A1) * (self.B2 @ self.A2)
-
     def weight(self, w):
-        return w + self.matrix()
+        return w + hadamard(self.scaling * self.B1, self.A1, self.B2, self.A2)
+
+
+def hadamard(B1, A1, B2, A2):
+    """(B1 A1) ∘ (B2 A2)."""
+    return (B1 @ A1) * (B2 @ A2)

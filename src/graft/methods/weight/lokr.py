@@ -1,7 +1,7 @@
 """LoKr: Low-rank Kronecker product, from LyCORIS. Yeh et al., 2023."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -60,13 +60,11 @@ class LoKr(Delta, name="lokr"):
         nn.init.zeros_(self.A2 if low2 else self.W2)
         self.scaling = alpha / rank
 
-    def _factor(self, rows, columns, rank):
-        shapes = [(rows, columns), None, None] if rank is None else [None, (rows, rank), (rank, columns)]
-        made = [None if s is None else nn.Parameter(torch.empty(s)) for s in shapes]
-        for p in made:
-            if p is not None:
-                nn.init.kaiming_uniform_(p, a=5**0.5)
-        return made
+    def _factor(self, rows, columns, rank) -> tuple[Any, Any, Any]:
+        """(a full matrix, None, None) or (None, B, A)."""
+        shapes = [(rows, columns)] if rank is None else [(rows, rank), (rank, columns)]
+        made = [nn.Parameter(nn.init.kaiming_uniform_(torch.empty(s), a=5**0.5)) for s in shapes]
+        return (made[0], None, None) if rank is None else (None, made[0], made[1])
 
     def factors(self):
         """s W1 [a, c], and the one or two matrices whose product is W2 [b, d], the innermost first."""
@@ -77,5 +75,7 @@ class LoKr(Delta, name="lokr"):
         return inner(x) + self.site.kron(x, *self.factors())
 
     def weight(self, w):
-        left, right = self.factors()
-        return w + torch.kron(left, right[0] if len(right) == 1 else right[1] @ right[0])
+        left, (right, *rest) = self.factors()
+        for m in rest:
+            right = m @ right
+        return w + torch.kron(left, right)
