@@ -143,7 +143,8 @@ class Adapter:
         )
 
     def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
-        picked = [place for path, m in resolve(self.model, targets, cls.hosts) for place in cls.places(path, m)]
+        found = resolve(self.model, targets, cls.hosts)
+        picked = list(dict(place for path, module in found for place in cls.places(self.model, path, module)).items())
         own = None if saved is None else tensors_by_path(saved)
         sites = [
             site_for(

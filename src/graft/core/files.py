@@ -288,7 +288,7 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
             adapter = Adapter(
                 model,
                 saved.recipe,
-                "model" if saved.modules == [""] else _exactly(saved.modules),
+                "model" if "model" in saved.recipe.method.hosts else _exactly(saved.modules),
                 name,
                 heads=_exactly(saved.heads) if saved.heads else (),
                 seed=saved.seed,
