@@ -9,18 +9,6 @@ from models import bert, llama, move, tokens
 
 transformers = pytest.importorskip("transformers")
 
-BERT = dict(
-    houlsby=[r"layer\.\d\.attention\.output\.dense", r"layer\.\d\.output\.dense"],
-    pfeiffer=r"layer\.\d\.output\.LayerNorm",
-    parallel_adapter=r"layer\.\d\.output",
-    adaptformer=r"layer\.\d\.output",
-)
-LLAMA = dict(
-    houlsby=r"layers\.\d\.(self_attn|mlp)",
-    pfeiffer=r"layers\.\d",
-    parallel_adapter=r"layers\.\d\.mlp",
-    adaptformer=r"layers\.\d\.mlp",
-)
 ACT = dict(houlsby=F.gelu, pfeiffer=F.relu, parallel_adapter=F.relu, adaptformer=F.relu)
 SCALE = dict(parallel_adapter=4.0, adaptformer=0.1)
 NAMES = list(ACT)
@@ -33,7 +21,7 @@ def branch(delta, act, z):
 @pytest.mark.parametrize("name", NAMES)
 def test_llama_block_is_the_papers_block(name):
     model = llama()
-    adapter = move(graft.attach(model, name, LLAMA[name], size=5))
+    adapter = move(graft.attach(model, name, size=5))
     block = model.model.layers[0]
     x = torch.randn(2, 4, 32)
     rope = model.model.rotary_emb(x, torch.arange(4)[None])
@@ -57,7 +45,7 @@ def test_llama_block_is_the_papers_block(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_bert_layer_is_the_papers_layer(name):
     model = bert()
-    adapter = move(graft.attach(model, name, BERT[name], size=5))
+    adapter = move(graft.attach(model, name, size=5))
     layer = model.bert.encoder.layer[0]
     x = torch.randn(2, 4, 32)
     ours = layer(x)
@@ -93,7 +81,7 @@ def test_equals_adapters(make, name):
     adapters = pytest.importorskip("adapters")
     ids = tokens()
     model = make()
-    ours = move(graft.attach(model, name, (BERT if make is bert else LLAMA)[name], size=4))
+    ours = move(graft.attach(model, name, size=4))
     theirs = make()
     adapters.init(theirs)
     config, options = ADAPTERS[name]
@@ -122,8 +110,7 @@ def test_adaptformer_in_a_vision_transformer():
     model = transformers.ViTForImageClassification(config).eval()
     images = torch.randn(2, 3, 8, 8)
     base = model(images).logits
-    path = r"layers?\.\d\.(mlp|output)"  # one module for the MLP since transformers 5, two before
-    adapter = graft.attach(model, "adaptformer", path, size=4)
+    adapter = graft.attach(model, "adaptformer", size=4)
     assert len(adapter.deltas) == 2
     torch.testing.assert_close(model(images).logits, base)
     move(adapter)
@@ -135,7 +122,7 @@ def test_adaptformer_in_a_vision_transformer():
 def test_houlsby_starts_near_the_base_and_within_two_deviations():
     model = llama()
     base = model(tokens()).logits
-    adapter = graft.attach(model, "houlsby", LLAMA["houlsby"], size=16)
+    adapter = graft.attach(model, "houlsby", size=16)
     weights = torch.cat([p.flatten() for p in adapter.parameters() if p.dim() == 2])
     assert weights.abs().max() <= 0.02 and 0.0075 < weights.std() < 0.0095  # 0.88 of 0.01 after the cut
     assert 0 < (model(tokens()).logits - base).abs().max() < 0.02
@@ -143,17 +130,12 @@ def test_houlsby_starts_near_the_base_and_within_two_deviations():
 
 def test_a_parallel_adapter_refuses_half_an_mlp():
     with pytest.raises(graft.GraftError, match="whole MLP"):
-        graft.attach(bert(), "parallel_adapter", r"layer\.\d\.output\.dense")
-
-
-def test_pfeiffer_refuses_a_block_that_normalises_its_output():
-    with pytest.raises(graft.GraftError, match=r"output\.LayerNorm"):
-        graft.attach(bert(), "pfeiffer", r"encoder\.layer\.\d")
+        graft.attach(llama(), "parallel_adapter", r"down_proj")
 
 
 def test_dropout_falls_in_training_only():
     model = llama()
-    adapter = move(graft.attach(model, "adaptformer", LLAMA["adaptformer"], size=8, dropout=0.5))
+    adapter = move(graft.attach(model, "adaptformer", size=8, dropout=0.5))
     assert torch.equal(model(tokens()).logits, model(tokens()).logits)
     adapter.deltas["model.layers.0.mlp"].train()
     assert not torch.equal(model(tokens()).logits, model(tokens()).logits)

@@ -146,7 +146,8 @@ class Adapter:
     def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
         picked = self._picked(targets, cls.hosts, saved)
         if saved is None:
-            picked = [place for path, module in picked for place in cls.places(path, module)]
+            places = (place for path, module in picked for place in cls.places(self.model, path, module))
+            picked = list(dict(places).items())
         own = None if saved is None else tensors_by_path(saved)
         sites = [
             site_for(

@@ -33,7 +33,7 @@ class AttentionSite(Site):
 
     def __init__(self, path, module, **position):
         super().__init__(path, module, **position)
-        cls = getattr(module, "host_class", type(module))
+        cls: Any = getattr(module, "host_class", type(module))
         config: Any = getattr(module, "config", None)
         code = getattr(inspect.unwrap(cls.forward), "__code__", None)
         if config is None or code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:

@@ -99,7 +99,7 @@ class Delta(nn.Module, metaclass=_MethodType):
         return cls.weight is not Delta.weight
 
     @classmethod
-    def places(cls, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    def places(cls, model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules at which deltas go when `module` at `path` is the target: that one, unless the method differs."""
         return [(path, module)]
 

@@ -36,20 +36,19 @@ class Prompt(Delta):
     length: int
 
     @classmethod
-    def places(cls, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    def places(cls, model: Any, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """The backbone of the model, or its encoder and its decoder."""
-        config: Any = getattr(module, "config", None)
-        if not hasattr(module, "get_input_embeddings") or config is None:
+        if not hasattr(module, "get_input_embeddings") or not hasattr(module, "config"):
             raise GraftError(
                 f"{cls.name} needs a transformers model; {type(module).__name__} has no get_input_embeddings"
             )
-        model: Any = module
-        if getattr(config, "is_encoder_decoder", False):
-            found = [model.get_encoder(), model.get_decoder()]
+        whole: Any = module
+        if getattr(whole.config, "is_encoder_decoder", False):
+            found = [whole.get_encoder(), whole.get_decoder()]
         else:
-            found = [getattr(model.base_model, "language_model", model.base_model)]
-        paths = {id(m): p for p, m in module.named_modules()}
-        return [(".".join(filter(None, (path, paths[id(m)]))), m) for m in found]
+            found = [getattr(whole.base_model, "language_model", whole.base_model)]
+        paths = {id(m): p for p, m in model.named_modules()}
+        return [(paths[id(m)], m) for m in found]
 
     @classmethod
     def refuses(cls, site):

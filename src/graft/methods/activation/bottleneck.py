@@ -1,5 +1,7 @@
 """What bottleneck adapters share: A(z) = up(act(down(z))), beside a host or after it."""
 
+import inspect
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,12 +47,20 @@ class Parallel(Bottleneck):
         self.scaling = scaling
 
     @classmethod
+    def places(cls, model, path, module):
+        """The module that adds the residual, where the MLP is not one module and this is its last matrix."""
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if kind_of(module) != "module" and "input_tensor" in inspect.signature(type(parent).forward).parameters:
+            return [(path.rpartition(".")[0], parent)]
+        return [(path, module)]
+
+    @classmethod
     def refuses(cls, site):
         shape = getattr(site.module, "weight", site.where()).shape
         if kind_of(site.module) != "module" and shape[0] != shape[-1]:
             return (
-                f"it is a single {type(site.module).__name__}, and {cls.name} goes beside a whole MLP: target the "
-                f"module that holds both matrices, or the one that adds the residual (BERT's `output`)"
+                f"it is a single {type(site.module).__name__}, and {cls.name} goes beside a whole MLP: "
+                f"target the module that holds both matrices"
             )
 
     def forward(self, inner, *args, **kwargs):

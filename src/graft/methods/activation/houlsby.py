@@ -21,6 +21,7 @@ class Houlsby(Serial, name="houlsby"):
             "Parameter-Efficient Transfer Learning for NLP", "Houlsby et al.", 2019, "https://arxiv.org/abs/1902.00751"
         ),
     )
+    hosts = ("module",)
     targets = ["attention", "mlp"]
     starts_as_base = False
     small = dict(size=3)

@@ -14,8 +14,8 @@ class Pfeiffer(Serial, name="pfeiffer"):
     """A(z) + r after the MLP of each block: z is the block's normalised or summed state, r the output of the MLP.
 
     Pre-norm models (Llama, GPT-2, ViT): the host is the block, y = x + r, and y' = y + A(y), A(y) = up(act(down(y))).
-    Post-norm models (BERT, RoBERTa): the host is the block's last LayerNorm n, called with x + r, and
-    n'(x + r) = n(x + r + A(n(x + r))): target it with targets=r"output\\.LayerNorm" (it lies outside the attention).
+    Post-norm models (BERT, RoBERTa, DistilBERT): the host is the block's last LayerNorm n, called with x + r, and
+    n'(x + r) = n(x + r + A(n(x + r))). (In BART, whose blocks do not tell, target `final_layer_norm` for that.)
     down [size, width], up [width, size]; weights start from a normal distribution with standard deviation 0.02.
     """
 
@@ -52,10 +52,12 @@ class Pfeiffer(Serial, name="pfeiffer"):
         self.after_norm = kind_of(site.module) == "norm"
 
     @classmethod
-    def refuses(cls, site):
-        last = [name for name, _ in site.module.named_modules() if name in ("output.LayerNorm", "output_layer_norm")]
-        if last:
-            return f"it normalises its own output, and the adapter goes before that: target its {last[0]}"
+    def places(cls, model, path, module):
+        """The last norm of a block that ends with one, as BERT names it."""
+        norms = [
+            (f"{path}.{n}", m) for n, m in module.named_modules() if n in ("output.LayerNorm", "output_layer_norm")
+        ]
+        return norms or [(path, module)]
 
     def forward(self, inner, *args, **kwargs):
         if self.after_norm:
