@@ -9,6 +9,7 @@ beside parameters and buffers. A method that PEFT or `adapters` lacks has an emp
 """
 
 import argparse
+import gc
 import json
 import statistics
 import warnings
@@ -79,6 +80,7 @@ def contest(name: str, dtype: torch.dtype, compiled: bool, rounds: int) -> dict:
             builders[label] = lambda make=peers[name]: make(base(dtype))
     steps, kept = {}, {}
     for label, build in builders.items():
+        gc.collect()
         torch._dynamo.reset()
         model = build()
         forward, steps[label] = step_of(model, compiled)
