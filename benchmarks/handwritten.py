@@ -55,7 +55,8 @@ def projections(rank, size=4096):
 class VeRA(Layer):
     def __init__(self, base, rank=256):
         super().__init__(base)
-        self.A, self.B = projections(rank)
+        for name, values in zip("AB", projections(rank)):
+            self.register_buffer(name, values, persistent=False)
         self.d = nn.Parameter(torch.full((rank,), 0.1))
         self.b = nn.Parameter(torch.zeros(self.d_out))
 
