@@ -139,3 +139,13 @@ def test_dropout_falls_in_training_only():
     assert torch.equal(model(tokens()).logits, model(tokens()).logits)
     adapter.deltas["model.layers.0.mlp"].train()
     assert not torch.equal(model(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [bert, llama])
+def test_saved_and_loaded(name, make, tmp_path):
+    model = make()
+    move(graft.attach(model, name, size=4)).save(tmp_path / "adapter")
+    again = make()
+    graft.load(again, tmp_path / "adapter")
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)

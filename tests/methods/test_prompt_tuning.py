@@ -293,3 +293,53 @@ def test_what_cannot_carry_a_prompt_is_refused_by_name():
     )
     with pytest.raises(graft.GraftError, match="pooler"):
         graft.attach(transformers.AlbertForSequenceClassification(config), "prompt_tuning")
+
+
+def gemma():
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=50,
+    )  # fmt: skip
+    return transformers.GemmaForCausalLM(config).eval()
+
+
+def test_embeddings_are_scaled_as_the_model_scales_them():
+    model, adapter, delta = prompted(gemma, tokens=(5, 6, 7))
+    ids = tokens(2, 4)
+    with torch.no_grad():
+        delta.embedding.copy_(model.get_input_embeddings()(torch.tensor([5, 6, 7])))
+    ours = model(ids).logits
+    with adapter.disabled():
+        plain = model(torch.cat([torch.tensor([[5, 6, 7]]).expand(2, -1), ids], 1)).logits
+    torch.testing.assert_close(ours, plain[:, 3:])
+
+
+def backbone():
+    return llama().model
+
+
+@pytest.mark.parametrize("make", [llama, bert, t5, bart, backbone])
+def test_saved_and_loaded(make, tmp_path):
+    model, adapter, _ = prompted(make)
+    adapter.save(tmp_path / "prompt")
+    again = make()
+    loaded = graft.load(again, tmp_path / "prompt")
+    ids = tokens()
+    inputs = dict(input_ids=ids, decoder_input_ids=ids) if make in SEQ2SEQ else dict(input_ids=ids)
+    assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    loaded.detach()
+    assert torch.equal(again(**inputs)[0], make()(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    "make", [llama, lambda: gpt2(attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)], ids=["llama", "gpt2"]
+)
+def test_gradient_checkpointing_of_the_model(make):
+    model, adapter, _ = prompted(make)
+    ids = tokens()
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, adapter.parameters())[0]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    again = torch.autograd.grad(model(ids, labels=ids).loss, adapter.parameters())[0]
+    torch.testing.assert_close(again, plain)
