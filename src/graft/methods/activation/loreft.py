@@ -32,7 +32,6 @@ class LoReFT(Edit, name="loreft"):
     hosts = ("module",)
     targets = "blocks"
     starts_as_base = False
-    per_row = False
     small = dict(rank=2)
 
     def __init__(
