@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -156,7 +158,9 @@ def test_labels_have_the_order_of_the_model_the_data_or_the_alphabet(tokenizer):
 
 
 def test_a_model_with_another_number_of_outputs_is_refused(tokenizer):
-    with pytest.raises(GraftError, match="the model has 2 outputs and the data 3 labels: load the model with num_labels=3"):
+    with pytest.raises(
+        GraftError, match="the model has 2 outputs and the data 3 labels: load the model with num_labels=3"
+    ):
         evaluate(models.bert(2), [{"text": "a", "label": c} for c in "xyz"], processor=tokenizer)
     with pytest.raises(GraftError, match="row 0 has the label 'x', which is not a number"):
         evaluate(models.bert(1), [{"text": "a", "label": "x"}], processor=tokenizer, objective="regression")
@@ -235,7 +239,7 @@ def test_a_packed_row_computes_what_its_rows_compute_alone(make, attention, toke
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
         for row, out in zip(rows, logits):
             starts = [*np.flatnonzero(row["position_ids"] == 0), len(row["input_ids"])]
-            for a, b in zip(starts, starts[1:]):
+            for a, b in pairwise(starts):
                 single = model(input_ids=torch.tensor(row["input_ids"][None, a:b]).long()).logits[0]
                 assert torch.allclose(out[a:b], single, atol=1e-5, rtol=1e-4)
     losses = [sum_of(model, t, t.features(examples)) for t in (packed, alone)]

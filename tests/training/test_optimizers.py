@@ -70,9 +70,7 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
 
 def test_heads_learn_at_their_own_rate():
     parameters = problem()
-    optimizer = optimizers.build(
-        "sgd", parameters, learning_rate=0.1, heads=[parameters[1]], head_learning_rate=0.3
-    )
+    optimizer = optimizers.build("sgd", parameters, learning_rate=0.1, heads=[parameters[1]], head_learning_rate=0.3)
     before = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.grad = torch.ones_like(p)
