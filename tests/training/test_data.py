@@ -76,7 +76,7 @@ def test_held_out_parts_are_disjoint_complete_and_drawn_by_the_seed():
     train, held = data.held_out(ROWS, 0.3, seed=1)
     assert len(held) == 3 and sorted(e["text"] for e in [*train, *held]) == [r["text"] for r in ROWS]
     assert data.held_out(ROWS, 0.3, seed=1)[1] == held != data.held_out(ROWS, 0.3, seed=2)[1]
-    with pytest.raises(GraftError, match="validation=0.01 of 10 examples leaves one"):
+    with pytest.raises(GraftError, match=r"validation=0\.01 of 10 examples leaves one"):
         data.held_out(ROWS, 0.01, seed=1)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -237,7 +239,7 @@ def test_a_packed_row_computes_what_its_rows_compute_alone(make, attention, toke
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
         for row, out in zip(rows, logits):
             starts = [*np.flatnonzero(row["position_ids"] == 0), len(row["input_ids"])]
-            for a, b in zip(starts, starts[1:]):
+            for a, b in pairwise(starts):
                 single = model(input_ids=torch.tensor(row["input_ids"][None, a:b]).long()).logits[0]
                 assert torch.allclose(out[a:b], single, atol=1e-5, rtol=1e-4)
     losses = [sum_of(model, t, t.features(examples)) for t in (packed, alone)]

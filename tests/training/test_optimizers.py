@@ -68,6 +68,16 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
     assert torch.equal(parameters[1], before[1])
 
 
+def test_no_weight_decay_means_none_whatever_the_optimizers_default():
+    parameters = problem()
+    before = [p.detach().clone() for p in parameters]
+    optimizer = optimizers.build("adamw", parameters, learning_rate=0.1)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before))
+
+
 def test_heads_learn_at_their_own_rate():
     parameters = problem()
     optimizer = optimizers.build("sgd", parameters, learning_rate=0.1, heads=[parameters[1]], head_learning_rate=0.3)
@@ -92,6 +102,7 @@ def test_names_are_those_of_torch_in_any_case_and_a_class_will_do():
         ("adamx", {}, 0.0, "no optimizer is called 'adamx': did you mean"),
         ("lbfgs", {}, 0.0, "lbfgs needs more than a gradient at each step"),
         ("adamw", {"beta": 1}, 0.0, "adamw does not take .*beta"),
+        ("adamw", {"weight_decay": 0.1}, 0.0, "weight_decay is set by learning_rate or weight_decay"),
         ("rprop", {}, 0.1, "rprop has no weight decay"),
         ("muon", {}, 0.0, "muon refuses these parameters: Muon only supports 2D"),
         ("sparseadam", {}, 0.0, "sparseadam needs more than a gradient"),

@@ -34,7 +34,7 @@ def save(folder: Path, step: int, state: Any) -> Path:
     aside = folder / f"{_ASIDE}{uuid.uuid4().hex}"
     aside.mkdir()
     save_file(tensors, aside / "tensors.safetensors")
-    record = {"format": 1, "step": step, "sha256": _digest(aside / "tensors.safetensors"), "state": tree}
+    record = {"format": 1, "step": step, "sha256": _digest(aside / "tensors.safetensors", tree), "state": tree}
     (aside / "state.json").write_text(json.dumps(record))
     for path in (aside / "tensors.safetensors", aside / "state.json", aside):
         _flush(path)
@@ -54,7 +54,7 @@ def newest(folder: Path) -> tuple[int, Any] | None:
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
             record = json.loads((path / "state.json").read_text())
-            if record["format"] == 1 and record["sha256"] == _digest(path / "tensors.safetensors"):
+            if record["format"] == 1 and record["sha256"] == _digest(path / "tensors.safetensors", record["state"]):
                 return record["step"], _restore(record["state"], load_file(path / "tensors.safetensors"))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # torn: the one before counts
@@ -117,9 +117,11 @@ def _restore(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return (tuple if kind == "tuple" else list)(_restore(v, tensors) for v in value)
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, tree: Any) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(tree).encode())
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -65,9 +65,14 @@ def build(
         rate = head_learning_rate if head_learning_rate is not None and id(p) in of_heads else learning_rate
         groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     keywords = {"lr": learning_rate, **(options or {})}
-    _try_out(factory, label, keywords, weight_decay)
+    if both := sorted({"lr", "weight_decay"} & set(options or {})):
+        raise GraftError(f"{both[0]} is set by learning_rate or weight_decay, not by optimizer_options")
+    decays = _try_out(factory, label, keywords, weight_decay)
     try:
-        optimizer = factory([{"params": g, **_group(lr, wd)} for (lr, wd), g in groups.items()], **keywords)
+        optimizer = factory(
+            [{"params": g, "lr": lr, **({"weight_decay": wd} if decays else {})} for (lr, wd), g in groups.items()],
+            **keywords,
+        )
     except Exception as error:
         raise GraftError(f"optimizer {label} refuses these parameters: {error}") from error
     for group in optimizer.param_groups:
@@ -75,19 +80,16 @@ def build(
     return optimizer
 
 
-def _group(rate: float, decay: float) -> dict[str, float]:
-    return {"lr": rate, "weight_decay": decay} if decay else {"lr": rate}
-
-
-def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: float) -> None:
-    """One step on one small matrix, to learn before the run what an optimizer asks for (such as a closure)."""
+def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: float) -> bool:
+    """One step on one small matrix, to learn what an optimizer asks for (such as a closure); whether it has decay."""
     probe = nn.Parameter(torch.ones(2, 2))
     probe.grad = torch.ones(2, 2)
     try:
-        optimizer = factory([{"params": [probe], **_group(keywords["lr"], decay)}], **keywords)
+        optimizer = factory([probe], **keywords)
     except Exception as error:  # optimizers come from two libraries and fail in many ways
         raise GraftError(f"optimizer {label} does not take {keywords}: {error}") from error
-    if decay and "weight_decay" not in optimizer.defaults:
+    decays = "weight_decay" in optimizer.defaults
+    if decay and not decays:
         raise GraftError(f"optimizer {label} has no weight decay: leave weight_decay at 0")
     try:
         with torch.random.fork_rng(devices=[]):
@@ -99,6 +101,7 @@ def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: floa
         raise GraftError(
             f"optimizer {label} needs more than a gradient at each step, so it cannot be used: {error}"
         ) from error
+    return decays
 
 
 def average(optimizer: Any) -> None:

@@ -23,8 +23,12 @@ class Report:
         self.begun = self.told = time.monotonic()
         self.file = None
         if output and self.main:  # a run that goes on from a checkpoint may have written more than it kept
+            output.mkdir(parents=True, exist_ok=True)
             path, aside = output / "history.jsonl", output / ".history.jsonl.aside"
-            aside.write_text("".join(json.dumps(r) + "\n" for r in history))
+            with open(aside, "w") as file:
+                file.writelines(json.dumps(r) + "\n" for r in history)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(aside, path)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
