@@ -362,8 +362,10 @@ class NormSite(LinearSite):
 
     def __init__(self, path, module, **position):
         super().__init__(path, module, **position)
-        if _host_class(module).__module__.startswith("torch.nn"):
-            self.offset, self.axis = 0.0, -1 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+        if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+            self.offset, self.axis = 0.0, 1
+        elif _host_class(module).__module__.startswith("torch.nn"):
+            self.offset, self.axis = 0.0, -1
         else:
             self.offset, self.axis = self._probe()
 
