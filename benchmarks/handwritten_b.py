@@ -34,7 +34,7 @@ class OFT(nn.Module):
         Q[:, self.i, self.j] = self.q
         Q = Q - Q.mT
         eye = torch.eye(self.block)
-        R = torch.linalg.solve(eye - Q, eye + Q).to(x.dtype)
+        R = (2 * torch.linalg.inv(eye - Q) - eye).to(x.dtype)
         y = torch.einsum("...nc,ncd->...nd", x.unflatten(-1, (-1, self.block)), R)
         return self.base(y.flatten(-2))
 
