@@ -39,3 +39,21 @@ def test_training_is_training_the_biases_in_place():
 def test_a_host_without_a_bias_is_refused():
     with pytest.raises(graft.GraftError, match="bitfit cannot work at 4: it has no bias"):
         graft.attach(network(), graft.BitFit(), ["4"])
+
+
+def test_goes_to_every_bias_outside_the_head_by_default():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    biases = {n.removesuffix(".bias") for n, _ in model.named_parameters() if n.endswith(".bias")}
+    assert graft.attach(model, "bitfit").deltas.keys() == biases
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, num_attention_heads=2,
+                                 vocab_size=9, attention_bias=True)
+    )  # fmt: skip
+    assert {p.rpartition(".")[2] for p in graft.attach(llama, "bitfit").deltas} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }

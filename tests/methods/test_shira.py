@@ -93,3 +93,16 @@ def test_equals_peft():
         reference.shira_weight["default"].copy_(delta.value)
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(model(x), reference(x))
+
+
+def test_positions_chosen_by_gradients_load_without_them(tmp_path):
+    host = nn.Linear(6, 5)
+    stats = {"0": {"weight_grad": torch.randn(5, 6)}}
+    model, delta = adapted(copy.deepcopy(host), stats, density=0.2, mask="gradient")
+    with torch.no_grad():
+        delta.value.normal_()
+    graft.adapters(model)["default"].save(tmp_path / "adapter")
+    again = nn.Sequential(host)
+    graft.load(again, tmp_path / "adapter")
+    x = torch.randn(3, 6)
+    assert torch.equal(again(x), model(x))

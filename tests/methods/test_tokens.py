@@ -64,11 +64,22 @@ def test_training_is_training_the_rows_in_place(tied):
         torch.testing.assert_close(merged[name], value)
 
 
-def test_saves_rows_only():
+def test_saves_rows_only_and_loads_them(tmp_path):
     model = llama()
-    state = graft.attach(model, graft.Tokens(tokens=IDS), BOTH).state_dict()
+    adapter = moved(graft.attach(model, graft.Tokens(tokens=IDS)))
+    state = adapter.state_dict()
     assert {tuple(v.shape) for v in state.values()} == {(3, 8)}
     assert len({v.data_ptr() for v in state.values()}) == 1  # one parameter for the embedding and the tied head
+    adapter.save(tmp_path / "adapter")
+    again = llama()
+    loaded = graft.load(again, tmp_path / "adapter")
+    assert len(loaded.parameters()) == 1 and torch.equal(again(batch()).logits, model(batch()).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_goes_to_the_embedding_and_a_tied_head_by_default(tied):
+    expect = {"model.embed_tokens", "lm_head"} if tied else {"model.embed_tokens"}
+    assert graft.attach(llama(tied), graft.Tokens(tokens=IDS)).deltas.keys() == expect
 
 
 def test_untied_embedding_alone_leaves_the_head():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapted_hosts, base_parameters, registry
+from .adapter import adapted_hosts, registry
 from .delta import is_finite
 from .errors import GraftError
 from .site import rounding_loss
@@ -28,7 +28,7 @@ class Merge:
     kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def undo(self) -> None:
-        for module, name, parameter in self.kept:
+        for module, name, parameter in reversed(self.kept):
             module._parameters[name] = parameter
         self.kept.clear()
         found = registry(self.model)
@@ -47,7 +47,7 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
     """{path: {tensor name: merged value in the host's layout and dtype}} and what rounding lost, by path."""
     values: dict[str, dict[str, Tensor]] = {}
     lost: dict[str, float] = {}
-    for path, host in adapted_hosts(model).items():
+    for path, host in reversed(adapted_hosts(model).items()):  # outer ones last: they may replace all that is inside
         if not host.linked:
             continue
         deltas = [host.deltas[name] for name in host.linked]
@@ -60,7 +60,7 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
             if not is_finite(delta.state_dict().values()):
                 raise GraftError(f"{delta.name} at {path} holds NaN or infinity: nothing was merged")
         exact = host.chain.tensors
-        own = {n: p for n, p in base_parameters(host).items() if n in exact}
+        own = {n: p for n, p in host.named_parameters(remove_duplicate=False) if n in exact}
         if extra := exact.keys() - own.keys():
             raise GraftError(f"{path} has no {extra.pop()} to take the one of {deltas[-1].name}: keep it as an adapter")
         if not is_finite(exact.values()):
@@ -92,7 +92,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     inside = lambda key: any(key[:i] in owned for i, letter in enumerate(key) if letter == ".")
     merged = {k: v for k, v in model.state_dict().items() if not inside(k)}
     hosts = {id(model.get_submodule(path)): tensors for path, tensors in values.items()}
-    for path, module in modules:  # a module that occurs twice has two names
+    for path, module in reversed(modules):  # outer ones last, as above; a module that occurs twice has two names
         merged.update({f"{path}.{k}".lstrip("."): v for k, v in hosts.get(id(module), {}).items()})
     return merged
 

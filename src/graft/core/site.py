@@ -362,15 +362,28 @@ class NormSite(LinearSite):
 
     def __init__(self, path, module, **position):
         super().__init__(path, module, **position)
-        self.offset = 0.0 if _host_class(module).__module__.startswith("torch.nn") else self._probe()
+        if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+            self.offset, self.axis = 0.0, 1
+        elif _host_class(module).__module__.startswith("torch.nn"):
+            self.offset, self.axis = 0.0, -1
+        else:
+            self.offset, self.axis = self._probe()
 
     @torch.no_grad()
-    def _probe(self) -> float:
-        """1 where the module computes n(x) (1 + weight), else 0: seen by running it with a weight of zero."""
+    def _probe(self) -> tuple[float, int]:
+        """What a module of unknown make does, seen by running it with a weight of zero.
+
+        The first is 1 where it computes n(x) (1 + weight), else 0; the second is the axis of its channels.
+        """
         own = self.module.weight
         x = torch.linspace(-1, 1, own.numel(), dtype=own.dtype, device=own.device)
         zero = {k: torch.zeros_like(v) for k, v in self.module.named_parameters(recurse=False)}
-        return float(bool(self._call(zero, x[None]).abs().sum() > 0))
+        for axis, shape in ((-1, (1, -1)), (1, (1, -1, 1, 1)), (1, (1, -1, 1))):
+            try:
+                return float(bool(self._call(zero, x.view(shape)).abs().sum() > 0)), axis
+            except (RuntimeError, IndexError, ValueError):
+                continue
+        raise GraftError(f"{self.path}: {type(self.module).__name__} is no norm that can be run on features alone")
 
     def _call(self, tensors, x):
         bound = _Bound(self.module, _host_class(self.module).forward)
@@ -393,17 +406,17 @@ class NormSite(LinearSite):
     def layout(self, w, b):
         return super().layout(w - self.offset if self.offset else w, b)
 
-    def _shape(self, v, h):  # GroupNorm and BatchNorm hold channels in axis 1
-        module = self.module
-        return (
-            v
-            if not hasattr(module, "num_groups") and not hasattr(module, "running_mean")
-            else v.view(-1, *[1] * (h.dim() - 2))
-        )
+    def _shape(self, v, h):
+        return v if self.axis < 0 else v.view(-1, *[1] * (h.dim() - 2))
 
 
 def _to(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+def _lines(t: Tensor) -> Tensor:
+    """[..., features] as [tokens, features]."""
+    return t.reshape(-1, t.shape[-1])
 
 
 class _Formed(torch.autograd.Function):
@@ -436,12 +449,12 @@ class _Formed(torch.autograd.Function):
         found = {}
         if moving:
             matrix, pull = torch.func.vjp(formed, *(given[i] for i in moving))[:2]
-            dw = g.flatten(0, -2).mT @ x.flatten(0, -2).to(g.dtype)
+            dw = _lines(g).mT @ _lines(x).to(g.dtype)
             found = dict(zip(moving, pull(dw.to(matrix.dtype))))
         else:
             matrix = formed()
         dx = (g @ matrix.to(g.dtype)).to(x.dtype) if need_x else None
-        db = g.flatten(0, -2).sum(0).to(bias.dtype) if need_bias else None
+        db = _lines(g).sum(0).to(bias.dtype) if need_bias else None
         return None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))
 
 

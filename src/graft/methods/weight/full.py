@@ -6,13 +6,15 @@ from typing import Any
 from torch.func import functional_call
 
 from ...core.delta import Delta, bare_copy
+from ...core.site import QuantisedSite
 
 
 class Full(Delta, name="full"):
     """y' = m(x), m a trained copy of the host: any module, a new classifier head among them.
 
     Where the host owns a matrix W [out, in], this is W' = V with V trained from W. The base's own tensors keep
-    their values, so that several adapters can each have a head of their own.
+    their values, so that several adapters can each have a head of their own. Deltas further inside (of adapters
+    attached before, or on modules inside the host) rest while it runs; deltas outside act on its result.
     """
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
@@ -23,6 +25,10 @@ class Full(Delta, name="full"):
     def __init__(self, site):
         super().__init__(site)
         self.copy = bare_copy(site.module).requires_grad_(True)
+
+    @classmethod
+    def refuses(cls, site):
+        return "its weight is quantised" if isinstance(site, QuantisedSite) else None
 
     def forward(self, inner, *args, **kwargs):
         if self.site.kind != "module":
@@ -39,7 +45,7 @@ class Full(Delta, name="full"):
         return self._own().bias
 
     def tensors(self, inner):
-        return dict(self.copy.named_parameters())
+        return dict(self.copy.named_parameters(remove_duplicate=False))
 
     def _own(self):
         own = copy.copy(self.site)
