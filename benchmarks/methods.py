@@ -16,13 +16,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from handwritten import HAND
 from rich.progress import track
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
 from contestants import ADAPTERS, GRAFT, PEFT
+from handwritten import HAND
 from harness import in_turns, kept_for_backward, machine, ratio, table
 
 SIZES = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000)
