@@ -99,8 +99,8 @@ def adapt(name, model, target, x, jitter=0.3, **kw):
     cls = METHODS[name]
     model = copy.deepcopy(model).eval()
     stats = None
-    if cls.needs:
-        stats = graft.collect(model, [x], cls.needs, target, loss=lambda m, b: m(b).square().mean())
+    if needs := cls.asks(cls(**cls.small | kw).hyper):
+        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
     adapter = graft.attach(model, name, target, stats=stats, **(cls.small | kw))
     move(adapter, jitter)
     return model, adapter
@@ -220,8 +220,8 @@ def test_detach_leaves_no_trace(name, host):
     adapted, adapter = model, None
     cls = METHODS[name]
     stats = None
-    if cls.needs:
-        stats = graft.collect(model, [x], cls.needs, target, loss=lambda m, b: m(b).square().mean())
+    if needs := cls.asks(cls(**cls.small).hyper):
+        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
     adapter = graft.attach(adapted, name, target, stats=stats, **cls.small)
     move(adapter)
     run(adapted, x).sum().backward()
@@ -341,8 +341,8 @@ def test_stacks_with_another_method(name, host, outside):
     order = [(name, target), (other, other_target)]
     adapted = copy.deepcopy(model).eval()
     stats = None
-    if METHODS[name].needs:
-        stats = graft.collect(model, [x], METHODS[name].needs, target, loss=lambda m, b: m(b).square().mean())
+    if needs := METHODS[name].asks(METHODS[name](**METHODS[name].small).hyper):
+        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
     made = {}
     for n, t in order if outside else reversed(order):
         made[n if n not in made else "again"] = graft.attach(

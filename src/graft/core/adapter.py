@@ -115,7 +115,7 @@ class Adapter:
         cls = recipe.method
         self.model, self.name, self.seed = model, name, seed
         self.targets = cls.targets if targets is None else targets
-        sites = self._sites(cls, self.targets, stats, saved)
+        sites = self._sites(recipe, self.targets, stats, saved)
         taken = {id(s.module) for s in sites}
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         if both := [p for p, m in self.heads if id(m) in taken]:
@@ -143,7 +143,8 @@ class Adapter:
             },
         )
 
-    def _sites(self, cls: type[Delta], targets, stats, saved) -> list[Site]:
+    def _sites(self, recipe: Recipe, targets, stats, saved) -> list[Site]:
+        cls = recipe.method
         picked = self._picked(targets, cls.hosts, saved)
         if saved is None:
             places = (place for path, module in picked for place in cls.places(self.model, path, module))
@@ -167,11 +168,11 @@ class Adapter:
                     f"{cls.name} works on {', '.join(cls.hosts)}; {site.path or 'the model'} is a {site.kind} "
                     f"({type(site.module).__name__})"
                 )
-            missing = [need for need in cls.needs if need not in site.stats and need != "width"]
+            missing = [need for need in cls.asks(recipe.at(site)) if need not in site.stats]
             if missing and site.saved is None:
                 raise GraftError(
-                    f"{cls.name} needs the statistic {missing[0]} at {site.path}: "
-                    f"pass stats=graft.collect(model, data, needs={list(cls.needs)!r})"
+                    f"{recipe} needs the statistic {missing[0]} at {site.path or 'the model'}: "
+                    f"pass stats=graft.collect(model, data, needs={missing!r}, targets=...)"
                 )
         reasons = {s.path: cls.refuses(s) for s in sites}
         refused = {path: reason for path, reason in reasons.items() if reason}

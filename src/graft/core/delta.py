@@ -58,7 +58,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     version = 1  # raised when saved files of the method change their meaning
     hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which the method is right
     targets: Any = "all-linear"  # where it goes unless the user says otherwise
-    needs: tuple[str, ...] = ()  # statistics to collect before construction, see statistics.py
+    needs: tuple[str, ...] = ()  # statistics it may be built from, see statistics.py and `asks`
     starts_as_base = True  # whether the adapted model computes what the base computes before training
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
     per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
@@ -97,6 +97,11 @@ class Delta(nn.Module, metaclass=_MethodType):
     @classmethod
     def mergeable(cls) -> bool:
         return cls.weight is not Delta.weight
+
+    @classmethod
+    def asks(cls, hyper: dict[str, Any]) -> tuple[str, ...]:
+        """The statistics that must be collected before a delta with these hyperparameters can be built."""
+        return cls.needs
 
     @classmethod
     def places(cls, model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

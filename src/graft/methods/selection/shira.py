@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
-from ...core.errors import GraftError
 from ...core.hyper import Range
 
 
@@ -23,8 +22,13 @@ class SHiRA(Delta, name="shira"):
     """
 
     papers = (Paper("Sparse High Rank Adapters", "Bhardwaj et al.", 2024, "https://arxiv.org/abs/2406.13175"),)
+    needs = ("weight_grad",)
     small = dict(density=0.2)
     index: Tensor
+
+    @classmethod
+    def asks(cls, hyper):
+        return cls.needs if hyper["mask"] in ("gradient", "snip") else ()
 
     def __init__(
         self,
@@ -67,10 +71,5 @@ def _scores(mask, w, keep, site):
         return scores.fill_diagonal_(2)
     if site.saved is not None:
         return torch.zeros_like(w)  # the positions come from the file
-    if "weight_grad" not in site.stats:
-        raise GraftError(
-            f"shira with mask={mask!r} needs the statistic weight_grad at {site.path}: "
-            f"pass stats=graft.collect(model, data, needs=['weight_grad'])"
-        )
     grad = site.stats["weight_grad"].to(w.dtype)
     return grad.abs() if mask == "gradient" else (w * grad).abs()
