@@ -114,6 +114,7 @@ class Adapter:
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
         cls = recipe.method
         self.model, self.name, self.seed = model, name, seed
+        self.task: dict[str, Any] = {}  # what it was trained for, as JSON; saved with it
         self.targets = cls.targets if targets is None else targets
         sites = self._sites(cls, self.targets, stats, saved)
         taken = {id(s.module) for s in sites}
