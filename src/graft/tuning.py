@@ -80,12 +80,13 @@ def tune(
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
     recipe, stats = Recipe.of(method), None
+    if targets is None and recipe.method.targets == "head" and base.heads:
+        targets, base.heads = base.heads, []  # the method itself is for heads
     if recipe.method.needs:
         batches, loss = _batches(base, task, examples, examples_for_statistics, training)
         stats = collect(base.model, batches, recipe.method.needs, targets or recipe.method.targets, loss)
-    adapter = attach(
-        base.model, recipe, targets, heads=base.heads if heads is None else heads, seed=seed, stats=stats
-    )  # fmt: skip
+    heads = base.heads if heads is None else heads
+    adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
     result = fit(base.model, examples, output=run, resume=resume, **training)
     adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
     base.model.eval()

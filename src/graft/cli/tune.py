@@ -33,7 +33,7 @@ def tune(
     """
     with working():
         from ..core.recipe import Recipe
-        from ..training.names import nearest
+        from ..training.messages import nearest
         from ..tuning import tune as train
 
         given = {} if recipe is None else read_recipe(recipe)
