@@ -41,6 +41,7 @@ class Base:
     objective  what it was loaded for, such as "classification"; None: what its checkpoint says
     config     what was changed in its configuration for that: number and names of classes
     heads      modules which the checkpoint does not hold, such as a new classifier: train them beside the adapter
+    max_length tokens of one example, if an adapter was trained with another limit than the model's
     """
 
     name: str
@@ -49,6 +50,12 @@ class Base:
     objective: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    max_length: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `evaluate` and `predict` have to know to treat data as in training."""
+        objective = self.objective or "auto"
+        return {"objective": objective, "processor": self.processor, "max_length": self.max_length}
 
 
 def load_base(
@@ -150,7 +157,8 @@ def save_merged(model: Any, folder: str | Path, processor: Any = None) -> dict[s
         model.config = copy.deepcopy(config)
         if getattr(config, "tie_word_embeddings", False) and not _tied(model):
             model.config.tie_word_embeddings = False
-        model.save_pretrained(aside, state_dict=dict(state))
+        with _quiet():
+            model.save_pretrained(aside, state_dict=dict(state))
         if processor is not None:
             processor.save_pretrained(aside)
         _check(aside, model, state)

@@ -1,10 +1,10 @@
-"""From names to a trained adapter, and from a saved one to a model that runs: what the command line does, in Python."""
+"""From names to a trained adapter, and from a saved one to a model that answers: what the commands do, in Python."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -12,10 +12,11 @@ from torch import nn
 from .core import files
 from .core.adapter import Adapter, attach
 from .core.errors import GraftError
+from .core.hyper import Range
 from .core.recipe import Recipe
 from .core.statistics import collect
 from .models import Base, load_base
-from .training import Result, fit, objectives
+from .training import Result, fit, objectives, predict
 from .training.batches import Plan
 from .training.data import Examples, read, take
 from .training.evaluation import choose, length
@@ -108,8 +109,8 @@ def load_adapted(
     device: str | None = None,
     revision: str | None = None,
     allow_other_base: bool = False,
-) -> tuple[Base, dict[str, Any]]:
-    """Load a base model with a saved adapter on it: the base, and what the adapter says of its task.
+) -> Base:
+    """Load a base model with a saved adapter on it, for the task that the adapter was trained for.
 
     model             as for `load_base`
     adapter           a folder that `Adapter.save` or Hugging Face PEFT wrote, or an id on the hub; none: the base alone
@@ -128,7 +129,46 @@ def load_adapted(
     )  # fmt: skip
     if adapter is not None:
         files.load(base.model, adapter, allow_other_base=allow_other_base)
-    return base, task
+    base.max_length = task.get("max_length")
+    return base
+
+
+def generate(
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    chat: Annotated[bool, "ask through the chat template of the tokenizer"] = False,
+    system: Annotated[str | None, "with --chat: the system message"] = None,
+    max_new_tokens: Annotated[int, "longest answer, in tokens", Range(1)] = 128,
+    temperature: Annotated[float | None, "sample from softmax(logits / temperature)", Range(above=0)] = None,
+    top_k: Annotated[int | None, "sample among the k likeliest tokens", Range(1)] = None,
+    top_p: Annotated[float | None, "sample among the likeliest tokens with this share", Range(above=0, high=1)] = None,
+    repetition_penalty: Annotated[float, "above 1: tokens that occurred get less likely", Range(above=0)] = 1.0,
+    num_beams: Annotated[int, "hypotheses to follow", Range(1)] = 1,
+    seed: Annotated[int, "of sampling", Range(0)] = 0,
+) -> list[str]:
+    """What a language model writes after each prompt; it samples if temperature, top_k or top_p is given."""
+    if not getattr(base.model, "can_generate", lambda: False)():
+        raise GraftError(f"{type(base.model).__name__} does not generate text: predict with it")
+    if system is not None and not chat:
+        raise GraftError("a system message needs the chat template: ask with chat")
+    sampling = {"temperature": temperature or 1.0, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    drawn = any(v is not None for v in (temperature, top_k, top_p))
+    before = [] if system is None else [{"role": "system", "content": system}]
+    two_parts = bool(getattr(base.model.config, "is_encoder_decoder", False))
+    if chat and not getattr(base.processor, "chat_template", None):
+        raise GraftError(f"the tokenizer of {base.name} has no chat template: leave chat out")
+    rows: list[Any] = [
+        {"messages": [*before, {"role": "user", "content": p}]} if chat else {"input" if two_parts else "prompt": p}
+        for p in prompts
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return predict(
+            base.model, rows, objective="seq2seq" if two_parts else "causal-lm", processor=base.processor,
+            max_new_tokens=max_new_tokens, num_beams=num_beams, repetition_penalty=repetition_penalty,
+            do_sample=drawn, **(sampling if drawn else {}),
+        )  # fmt: skip
 
 
 def _check_places(place: Path, run: Path, resume: bool) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,15 +32,33 @@ def print_table(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: st
     from rich import box
     from rich.table import Table
 
-    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    head = any(columns)
+    table = Table(
+        *columns, title=title, title_justify="left", title_style="bold", show_header=head, box=box.SIMPLE_HEAD
+    )
     for row in rows:
         table.add_row(*(_cell(v) for v in row))
     console().print(table)
 
 
 def print_facts(facts: dict[str, Any], title: str | None = None) -> None:
-    """A result with named values, one a line."""
-    print_table(facts.items(), ("", ""), title)
+    """A result with named values, one a line; what is empty is left out."""
+    print_table([(k, v) for k, v in facts.items() if v not in (None, "", [], {})], ("", ""), title)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """A file that is complete or as it was: written beside its place and renamed."""
+    file = Path(path).expanduser()
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+def write_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """JSON lines."""
+    from ..catalogue import plain
+
+    write_whole(path, "".join(f"{json.dumps(plain(row), ensure_ascii=False)}\n" for row in rows))
 
 
 def console() -> Any:
@@ -64,6 +84,8 @@ def _words(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
     return str(value)

@@ -14,6 +14,7 @@ import typer
 
 from ..core.errors import GraftError
 from ..core.hyper import Hyper, hyperparameters, keywords
+from ._output import write_whole
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Setting:
         """What a text may mean, the likeliest first."""
         if not isinstance(given, str):
             return [given]
-        parts = re.split(r",(?![^\[\](){}]*[\])}])", given)  # commas outside brackets
+        parts = split(given)
         pairs = [part.partition("=") for part in parts]
         readings = [load_yaml(given), given, [load_yaml(part) for part in parts]]
         if self._takes(Mapping) and all(equals for _, equals, _ in pairs):
@@ -93,9 +94,11 @@ class Setting:
         return readings
 
 
-def settings(function: Callable, panel: str, leave_out: Iterable[str] = ()) -> list[Setting]:
-    """Of the keyword arguments of a library function; its docstring says what they mean."""
-    said = documented(function)
+def settings(
+    function: Callable, panel: str, leave_out: Iterable[str] = (), like: Callable | None = None
+) -> list[Setting]:
+    """Of the keyword arguments of a library function; its docstring, or that of a function `like` it, explains them."""
+    said = {**(documented(like) if like else {}), **documented(function)}
     return [Setting(n, h, h.doc or said.get(n, ""), panel) for n, h in keywords(function).items() if n not in leave_out]
 
 
@@ -131,6 +134,11 @@ def documented(function: Callable) -> dict[str, str]:
     return found
 
 
+def split(text: str) -> list[str]:
+    """At commas outside brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[\](){}]*[\])}])", text)]
+
+
 # Recipe files
 
 
@@ -149,17 +157,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def write_recipe(path: str | Path, values: Mapping[str, Any]) -> None:
-    """The settings as a YAML file that `read_recipe` reads; written beside its place and renamed."""
-    import os
-
+    """The settings as a YAML file that `read_recipe` reads; those that are None are left out."""
     import yaml
 
     from ..catalogue import plain
 
-    file = Path(path).expanduser()
-    aside = file.with_name(f".{file.name}.aside")
-    aside.write_text(yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(aside, file)
+    given = {k: v for k, v in values.items() if v is not None}
+    write_whole(path, yaml.safe_dump(plain(given), sort_keys=False, allow_unicode=True))
 
 
 def load_yaml(text: str, whole: bool = False) -> Any:

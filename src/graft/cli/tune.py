@@ -54,7 +54,9 @@ def tune(
         source, data = given["model"], given["data"]
         complete = {"model": source, "data": data, "method": method}
         complete |= {s.name: chosen.hyper[s.hyper.name] for s in of_method}
-        complete |= {s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")}
+        complete |= {
+            s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume", "device")
+        }
         if save_recipe:
             write_recipe(save_recipe, complete)
         done = train(source, data, method=chosen, **values)

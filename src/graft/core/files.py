@@ -384,6 +384,11 @@ def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[
     return config
 
 
+def tensors_file(folder: str | os.PathLike, revision: str | None = None) -> Path:
+    """The safetensors file of a saved adapter."""
+    return _file(_locate(folder, revision), TENSORS)
+
+
 def _read_tensors(place: Path, sha256: Any) -> dict[str, Tensor]:
     file = _file(place, TENSORS)
     try:
