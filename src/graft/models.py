@@ -11,6 +11,9 @@ import importlib
 import pkgutil
 import re
 import shutil
+import socket
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +90,7 @@ def load_base(
     kinds = ("auto", "float32", "bfloat16", "float16")
     if dtype not in kinds:
         raise GraftError(f"dtype is one of {', '.join(kinds)}, not {dtype!r}")
+    place = _device(device)
     source = _locate(str(name), revision)
     task = None if objective is None else objectives.find(objective)
     with _reading(str(name), task), torch.random.fork_rng(devices=[]):
@@ -107,7 +111,7 @@ def load_base(
     if source.module:
         model.name_or_path = model.config._name_or_path = str(name)
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
-    return Base(str(name), model.to(device or _device()).eval(), processor, objective, changes, whole(model, new))
+    return Base(str(name), model.to(place).eval(), processor, objective, changes, whole(model, new))
 
 
 def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:
@@ -218,9 +222,22 @@ def _locate(name: str, revision: str | None) -> _Source:
     if not _HUB_ID.fullmatch(name) or (path.parent.is_dir() and path.parent != Path()):
         raise GraftError(
             f"there is no folder {name}: a model is a local folder, the id of a model on the Hugging Face hub, "
-            f"or {' or '.join(ships())}"
+            f"or a base that ships ({', '.join(ships()) or 'none here'})"
         )
-    return _Source(name, {"revision": revision} if revision else {})
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    return _Source(name, options if _reachable() else {**options, "local_files_only": True})
+
+
+def _reachable() -> bool:
+    """Whether the hub's name resolves: asked here, since the hub's client tries for half a minute before it gives up."""
+    if urllib.request.getproxies():
+        return True
+    from huggingface_hub import constants
+
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def _ship(name: str) -> Any:
@@ -249,10 +266,15 @@ def _model_class(source: _Source, config: Any, task: type[objectives.Objective] 
     return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
 
 
-def _device() -> torch.device:
-    from accelerate import PartialState
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        from accelerate import PartialState
 
-    return PartialState().device
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+        raise GraftError(f"device {name!r} cannot be used: {_first_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -310,7 +332,7 @@ def _reason(name: str, task: type[objectives.Objective] | None, error: Exception
     if kinds & unreachable or "offline mode" in text:
         return (
             f"{name} is neither a folder nor on this machine, and the Hugging Face hub cannot be reached: "
-            f"go online, or name a folder or {' or '.join(ships())}"
+            f"go online, or name a folder or a base that ships ({', '.join(ships()) or 'none here'})"
         )
     if "trust_remote_code" in text:
         return f"{name} needs code of its own, which is not run: use a model that transformers knows by itself"

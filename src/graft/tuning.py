@@ -41,7 +41,6 @@ def tune(
     output: str | Path | None = None,
     resume: bool = False,
     dtype: str = "auto",
-    device: str | None = None,
     revision: str | None = None,
     examples_for_statistics: int = 64,
     **training: Any,
@@ -59,7 +58,6 @@ def tune(
                with .run at the end of its name
     resume     go on with a run that was stopped, from its last checkpoint and to the same bits
     dtype      of the base's weights: auto (as stored), float32, bfloat16, float16
-    device     cpu, cuda, ...; by default the accelerator, if there is one
     revision   of the model on the hub
     examples_for_statistics  from how many examples a method that looks at the data before it starts may learn
     training   what `graft.fit` takes: objective, validation, epochs, batch_size, learning_rate, ...
@@ -77,7 +75,7 @@ def tune(
     task = choose(training.get("objective", "auto"), examples)
     base = load_base(
         model, objective=task.name, examples=examples, labels=training.get("labels"),
-        dtype=dtype, device=device, revision=revision, seed=seed,
+        dtype=dtype, revision=revision, seed=seed,
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
     recipe, stats = Recipe.of(method), None
@@ -88,7 +86,7 @@ def tune(
         stats = collect(base.model, batches, recipe.method.needs, targets or recipe.method.targets, loss)
     heads = base.heads if heads is None else heads
     adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
-    result = fit(base.model, examples, output=run, resume=resume, **training)
+    result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
     adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
     base.model.eval()
     if place and run:
@@ -174,9 +172,10 @@ def generate(
 def _check_places(place: Path, run: Path, resume: bool) -> None:
     if place.exists():
         raise GraftError(f"the output folder {place} exists already: choose another one, or remove it")
-    if resume and not run.exists():
-        raise GraftError(f"there is no stopped run {run} to resume: leave resume out to begin")
-    if run.exists() and not resume:
+    begun = any(run.glob("checkpoint-*"))
+    if resume and not begun:
+        raise GraftError(f"{run} holds no checkpoint of a run to resume: leave resume out to begin")
+    if begun and not resume:
         raise GraftError(f"{run} holds a run that was stopped: resume it, or remove that folder to begin anew")
 
 

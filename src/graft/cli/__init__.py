@@ -47,7 +47,8 @@ def run(args: Sequence[str]) -> int:
         said = _sentence(error, args)
         if debug or said is None:
             raise
-        print(f"graft: {' '.join(said.split())}", file=sys.stderr)
+        if said:
+            print(f"graft: {' '.join(said.split())}", file=sys.stderr)
         return 2
     finally:
         warnings.showwarning = shown
@@ -123,6 +124,8 @@ def _warn(message: Any, category: type, *where: Any, **more: Any) -> None:
 def _sentence(error: Exception, args: Sequence[str]) -> str | None:
     """What to tell the user about an error, or None if it is a bug."""
     if isinstance(error, Refused):
+        if not error.format_message():
+            return ""  # called without arguments, and helped
         asked = _asked(args)
         return f"{error.format_message().rstrip('.')} (graft {f'{asked} ' if asked else ''}--help lists what there is)"
     if isinstance(error, GraftError):

@@ -55,7 +55,7 @@ def tune(
         complete = {"model": source, "data": data, "method": method}
         complete |= {s.name: chosen.hyper[s.hyper.name] for s in of_method}
         complete |= {
-            s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume", "device")
+            s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")
         }
         if save_recipe:
             write_recipe(save_recipe, complete)
