@@ -229,7 +229,7 @@ def _locate(name: str, revision: str | None) -> _Source:
 
 
 def _reachable() -> bool:
-    """Whether the hub's name resolves: asked here, since the hub's client tries for half a minute before it gives up."""
+    """Whether the hub's name resolves: asked here, since its client tries for half a minute before it gives up."""
     if urllib.request.getproxies():
         return True
     from huggingface_hub import constants
@@ -270,7 +270,7 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         from accelerate import PartialState
 
-        return PartialState().device
+        return torch.device(str(PartialState().device))
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here

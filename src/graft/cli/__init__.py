@@ -7,7 +7,6 @@ a function `options(args)` that gives the further ones. Heavy imports stand insi
 
 import importlib
 import inspect
-import os
 import pkgutil
 import sys
 import warnings
@@ -40,9 +39,6 @@ def run(args: Sequence[str]) -> int:
         return _program(args)(args, prog_name="graft", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         said = _sentence(error, args)
         if debug or said is None:
@@ -75,7 +71,9 @@ def _program(args: Sequence[str]) -> Callable[..., Any]:
         function = getattr(module, name)
         if asked and hasattr(module, "options"):
             function = _with(function, module.options(args))
-        app.command(name, no_args_is_help=_takes_arguments(function))(function)
+        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+        text = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+        app.command(name, help=text, no_args_is_help=_takes_arguments(function))(function)
     return typer.main.get_command(app)
 
 

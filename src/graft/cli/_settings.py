@@ -31,35 +31,42 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def key(self) -> str:
-        """As an argument of a Python function."""
+    def _key(self) -> str:
         return self.name.replace(".", "__")
 
-    def parameter(self) -> inspect.Parameter:
-        """For typer: a text, parsed later by `read`, or a flag."""
-        default, kinds = self.hyper.default, self.hyper.kinds
-        flag = bool in kinds
-        shown = None if default in (inspect.Parameter.empty, None) else str(default)
-        option = typer.Option(
-            *([f"{self.option}/--no-{self.option[2:]}"] if flag else [self.option]),
-            help=self.help, rich_help_panel=self.panel, show_default=shown or False,
-            **({} if flag else {"metavar": self._metavar()}),
-        )  # fmt: skip
-        annotation = Annotated[(bool if flag else str) | None, option]
-        return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    @property
+    def _flag(self) -> bool:
+        return bool in self.hyper.kinds
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """For typer: a text, which `read` parses later, or a flag against the default (and a hidden one for it)."""
+        from rich.markup import escape
+
+        default, off = self.hyper.default, f"--no-{self.option[2:]}"
+        shown = "" if self._flag or default in (inspect.Parameter.empty, None, ()) else f" [default: {default}]"
+        text, panel = escape(f"{self.help}{shown}"), self.panel
+        if not self._flag:
+            option = typer.Option(self.option, help=text, rich_help_panel=panel, metavar=self._metavar())
+            return [_parameter(self._key, str | None, option)]
+        names = (off, self.option) if default is True else (self.option, off)
+        if default is True:
+            text = f"Not: {text}"
+        seen = typer.Option(names[0], help=text, rich_help_panel=panel)
+        return [
+            _parameter(f"{self._key}{'__not' * (names[0] == off)}", bool | None, seen),
+            _parameter(f"{self._key}{'__not' * (names[1] == off)}", bool | None, typer.Option(names[1], hidden=True)),
+        ]
+
+    def given(self, options: Mapping[str, Any]) -> Any:
+        """What the command line says, or None."""
+        if self._flag and options.get(f"{self._key}__not"):
+            return False
+        return options.get(self._key)
 
     def _metavar(self) -> str:
-        names = {
-            int: "INTEGER",
-            float: "NUMBER",
-            str: "TEXT",
-            Path: "PATH",
-            Mapping: "NAME=VALUE,...",
-            Sequence: "A,B,...",
-        }
-        kinds = [k for k in self.hyper.kinds if k is not None]
-        words = [str(k) if not isinstance(k, type) else names.get(k, k.__name__.upper()) for k in kinds]
-        return "|".join(dict.fromkeys(words)) or "VALUE"
+        names = {int: "INT", float: "FLOAT", Mapping: "A=B,...", Sequence: "A,B,..."}
+        kinds = [k for k in self.hyper.kinds if isinstance(k, type)]
+        return names.get(kinds[-1], "TEXT") if kinds else "TEXT"
 
     def read(self, given: Any) -> Any:
         """The value of a text of the command line, or of an entry of a recipe."""
@@ -87,11 +94,27 @@ class Setting:
         parts = split(given)
         pairs = [part.partition("=") for part in parts]
         readings = [load_yaml(given), given, [load_yaml(part) for part in parts]]
+        if given.lower() == "none":
+            readings.insert(0, None)
         if self._takes(Mapping) and all(equals for _, equals, _ in pairs):
             readings.insert(0, {k.strip(): load_yaml(v) for k, _, v in pairs})
         if self._takes(Sequence) and len(parts) > 1:
             readings.insert(0, readings[-1])
         return readings
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def parameters(known: Iterable[Setting]) -> list[inspect.Parameter]:
+    """Of several settings, for typer."""
+    return [p for setting in known for p in setting.parameters()]
+
+
+def values(known: Iterable[Setting], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command line gives, by name."""
+    return {s.name: s.read(given) for s in known if (given := s.given(options)) is not None}
 
 
 def settings(

@@ -2,13 +2,20 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from ._model import Adapter, Data, Model, adapted, model_settings
+from ._model import ADAPTER, DATA, NAMED, adapted, model_settings
 from ._output import Json, print_facts, print_json, working
+from ._settings import parameters
 
 
-def eval(model: Model, data: Data, adapter: Adapter = None, as_json: Json = False, **options: Any) -> None:
+def eval(
+    model: Annotated[str, NAMED],
+    data: Annotated[str, DATA],
+    adapter: Annotated[str | None, ADAPTER] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
     """Measure MODEL with an adapter on data; without --adapter, the base model itself."""
     with working():
         from ..training import evaluate
@@ -23,4 +30,4 @@ def eval(model: Model, data: Data, adapter: Adapter = None, as_json: Json = Fals
 def options(args: Sequence[str]) -> list[inspect.Parameter]:
     from ..training import evaluate
 
-    return [s.parameter() for s in model_settings(evaluate)]
+    return parameters(model_settings(evaluate))

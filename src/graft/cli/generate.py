@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ._model import Adapter, Model, adapted, model_settings
+from ._model import ADAPTER, NAMED, adapted, model_settings
 from ._output import Json, print_json, working
+from ._settings import parameters
 
 
 def generate(
-    model: Model,
+    model: Annotated[str, NAMED],
     prompt: Annotated[list[str], typer.Option(help="What to go on with; may be given repeatedly.")],
-    adapter: Adapter = None,
+    adapter: Annotated[str | None, ADAPTER] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -35,4 +36,4 @@ def generate(
 def options(args: Sequence[str]) -> list[inspect.Parameter]:
     from ..tuning import generate as write
 
-    return [s.parameter() for s in model_settings(write)]
+    return parameters(model_settings(write))

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ._model import Model, adapted, model_settings
+from ._model import ADAPTER, NAMED, adapted, model_settings
 from ._output import Json, print_facts, print_json, print_table, working
+from ._settings import parameters
 
 
 def merge(
-    model: Model,
-    adapter: Annotated[str, typer.Option(help="A folder, or an id on the hub; ours or Hugging Face PEFT's.")],
+    model: Annotated[str, NAMED],
+    adapter: Annotated[str, ADAPTER],
     output: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write; it must not exist.")],
     as_json: Json = False,
     **options: Any,
@@ -36,4 +37,4 @@ def merge(
 
 
 def options(args: Sequence[str]) -> list[inspect.Parameter]:
-    return [s.parameter() for s in model_settings()]
+    return parameters(model_settings())

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import GraftError
-from ._model import Adapter, Model, adapted, model_settings
+from ._model import ADAPTER, DATA, NAMED, adapted, model_settings
 from ._output import Json, print_json, print_table, working, write_lines
+from ._settings import parameters
 
 
 def predict(
-    model: Model,
-    adapter: Adapter = None,
-    data: Annotated[str | None, typer.Option(help="A file, a folder, or owner/name on the hub.")] = None,
+    model: Annotated[str, NAMED],
+    adapter: Annotated[str | None, ADAPTER] = None,
+    data: Annotated[str | None, DATA] = None,
     text: Annotated[list[str] | None, typer.Option(help="Instead of data: one text; may be given repeatedly.")] = None,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON lines there, one an example.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Of models that write: longest answer, in tokens.")] = None,
@@ -37,7 +38,7 @@ def predict(
         else:
             kind = objectives.find(arguments["objective"])
             examples = [{kind.columns[0][0]: t} for t in text or ()]
-        writes = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        writes: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         predictions = say(base.model, examples, **arguments, **writes)
     rows = [{**given, "prediction": said} for given, said in zip(examples, predictions)]
     if output is not None:
@@ -54,4 +55,4 @@ def predict(
 def options(args: Sequence[str]) -> list[inspect.Parameter]:
     from ..training import predict as say
 
-    return [s.parameter() for s in model_settings(say)]
+    return parameters(model_settings(say))

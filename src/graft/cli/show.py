@@ -11,7 +11,7 @@ from ._settings import split
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A method; a folder with an adapter or a model; a base or a model id.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder, or a model.")],
     targets: Annotated[str | None, typer.Option(help="Of a model: the modules that these targets pick.")] = None,
     method: Annotated[str, typer.Option(help="Of a model: for which method.")] = "lora",
     as_json: Json = False,

@@ -7,15 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import GraftError
+from ._model import DATA, NAMED
 from ._output import Json, print_facts, print_json, working
-from ._settings import Setting, method_settings, read_recipe, settings, write_recipe
+from ._settings import Setting, method_settings, parameters, read_recipe, settings, write_recipe
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help="A folder, a model id of the hub, or a base that ships.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file, a folder, or owner/name of a data set on the hub.")] = None,
+    model: Annotated[str | None, NAMED] = None,
+    data: Annotated[str | None, DATA] = None,
     method: Annotated[
-        str | None, typer.Option(help="How to adapt; `graft methods` lists them. [default: lora]")
+        str | None, typer.Option(help="How to adapt; `graft methods` lists them. (default: lora)")
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="YAML with the names of these options.")] = None,
     save_recipe: Annotated[
@@ -38,13 +39,13 @@ def tune(
 
         given = {} if recipe is None else read_recipe(recipe)
         texts = {"model": model, "data": data, "method": method}
-        method = method or given.get("method") or "lora"
+        method = str(method or given.get("method") or "lora")
         of_method, others = _settings(method)
         known = {s.name: s for s in [*of_method, *others]}
         if unknown := given.keys() - {*known, *texts}:
             name = min(unknown)
             raise GraftError(f"{recipe}: there is no setting {name!r}: {nearest(name, {*known, *texts})}")
-        texts |= {s.name: options.get(s.key) for s in known.values()}
+        texts |= {s.name: s.given(options) for s in known.values()}
         given |= {name: text for name, text in texts.items() if text is not None}
         if missing := [name for name in ("model", "data", "output") if name not in given]:
             raise GraftError(f"{missing[0]} is missing: graft tune MODEL --data FILE --output FOLDER")
@@ -54,9 +55,7 @@ def tune(
         source, data = given["model"], given["data"]
         complete = {"model": source, "data": data, "method": method}
         complete |= {s.name: chosen.hyper[s.hyper.name] for s in of_method}
-        complete |= {
-            s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")
-        }
+        complete |= {s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")}
         if save_recipe:
             write_recipe(save_recipe, complete)
         done = train(source, data, method=chosen, **values)
@@ -92,7 +91,7 @@ def options(args: Sequence[str]) -> list[inspect.Parameter]:
     if method is None and recipe is not None:
         method = read_recipe(recipe).get("method")
     of_method, others = _settings(method or "lora")
-    return [s.parameter() for s in [*of_method, *others]]
+    return parameters([*of_method, *others])
 
 
 def _value(args: Sequence[str], option: str) -> str | None:
