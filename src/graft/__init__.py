@@ -33,6 +33,13 @@ _PUBLIC = {
     "merge": "core.merge",
     "merged_state_dict": "core.merge",
     "fit": "training",
+    "evaluate": "training",
+    "predict": "training",
+    "tune": "tuning",
+    "load_adapted": "tuning",
+    "generate": "tuning",
+    "load_base": "models",
+    "save_merged": "models",
 }
 
 __all__ = ["__version__", *_PUBLIC]

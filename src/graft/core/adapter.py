@@ -114,12 +114,10 @@ class Adapter:
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
         cls = recipe.method
         self.model, self.name, self.seed = model, name, seed
+        self.task: dict[str, Any] = {}  # what it was trained for, as JSON; saved with it
         self.targets = cls.targets if targets is None else targets
-        sites = self._sites(recipe, self.targets, stats, saved)
-        taken = {id(s.module) for s in sites}
         self.heads = self._picked(heads, HEADS, saved) if heads else []
-        if both := [p for p, m in self.heads if id(m) in taken]:
-            raise GraftError(f"{both[0]} is a target of {cls.name} and a head: choose one of the two")
+        sites = self._sites(recipe, self.targets, stats, saved)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             resolved = {s.path: recipe.at(s) for s in sites}
@@ -174,7 +172,8 @@ class Adapter:
                     f"{recipe} needs the statistic {missing[0]} at {site.path or 'the model'}: "
                     f"pass stats=graft.collect(model, data, needs={missing!r}, targets=...)"
                 )
-        reasons = {s.path: cls.refuses(s) for s in sites}
+        inside = {id(m): f"it belongs to the head {path}" for path, head in self.heads for m in head.modules()}
+        reasons = {s.path: inside.get(id(s.module)) or cls.refuses(s) for s in sites}
         refused = {path: reason for path, reason in reasons.items() if reason}
         if refused and (len(refused) == len(sites) or not is_preset(targets)):
             path, reason = next(iter(refused.items()))

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def load(
     GraftError, and the model as it was, for whatever is not a sound adapter for this base.
     """
     place = _locate(folder, revision)
-    config = _read_config(place)
+    config = read_config(place)
     tensors = _read_tensors(place, config.get("tensors_sha256"))
     if "peft_type" in config:
         recipe, modules, heads, state = peft.read(model, config, tensors)
@@ -108,6 +108,7 @@ def load(
             _check_base(model, config, saved.heads)
     adapter = _build(model, saved, name or saved.name)
     adapter.load_state_dict(saved.tensors)
+    adapter.task = saved.task
     if not trainable:
         adapter.requires_grad_(False)
     adapter.attach()
@@ -126,6 +127,7 @@ class Saved:
     name: str = "default"
     seed: int = 0
     dtype: torch.dtype | None = None
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 # The configuration
@@ -150,6 +152,7 @@ def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         "base_model": base,
         "base_class": class_name(adapter.model),
         "base_fingerprint": fingerprint(adapter.model, heads),
+        "task": adapter.task,
     }
 
 
@@ -178,6 +181,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "base_model": (str, type(None)),
     "base_class": (str,),
     "base_fingerprint": (str, type(None)),
+    "task": (dict,),
 }
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
@@ -219,6 +223,7 @@ def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         config["name"],
         config["seed"],
         _DTYPES[config["dtype"]],
+        config.get("task", {}),
     )
 
 
@@ -361,8 +366,9 @@ def _file(place: Path, name: str) -> Path:
     return real
 
 
-def _read_config(place: Path) -> dict[str, Any]:
-    file = _file(place, CONFIG)
+def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a saved adapter, in our format or PEFT's, as it stands: nothing of it is checked."""
+    file = _file(_locate(folder, revision), CONFIG)
 
     def refuse(word: str):
         raise ValueError(f"{word} is no number")
@@ -376,6 +382,11 @@ def _read_config(place: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise GraftError(f"{file} must hold an object, not a {type(config).__name__}")
     return config
+
+
+def tensors_file(folder: str | os.PathLike, revision: str | None = None) -> Path:
+    """The safetensors file of a saved adapter."""
+    return _file(_locate(folder, revision), TENSORS)
 
 
 def _read_tensors(place: Path, sha256: Any) -> dict[str, Tensor]:

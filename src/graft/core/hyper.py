@@ -10,7 +10,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,11 +91,11 @@ def _kinds(annotation) -> tuple:
 
 
 @functools.cache
-def hyperparameters(cls: type) -> dict[str, Hyper]:
-    """The hyperparameters of a method, in the order of its signature."""
-    hints = typing.get_type_hints(cls.__init__, include_extras=True)
+def keywords(function: Callable) -> dict[str, Hyper]:
+    """The keyword-only arguments of a function, in the order of its signature."""
+    hints = typing.get_type_hints(function, include_extras=True)
     found = {}
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+    for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             continue
         annotation, extras = hints.get(name, Any), ()
@@ -110,6 +110,11 @@ def hyperparameters(cls: type) -> dict[str, Hyper]:
             annotation,
         )
     return found
+
+
+def hyperparameters(cls: type) -> dict[str, Hyper]:
+    """The hyperparameters of a method, in the order of its signature."""
+    return keywords(cls.__init__)
 
 
 def check(cls: type, name: str, value) -> None:

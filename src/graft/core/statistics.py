@@ -26,7 +26,7 @@ def collect(
     model: nn.Module,
     data: Iterable,
     needs: Iterable[str] = ("input_gram",),
-    targets="all-linear",
+    targets: Any = "all-linear",
     loss: Callable[[nn.Module, object], Tensor] = default_loss,
 ) -> dict[str, dict]:
     """{path: {need: tensor}} over the batches in `data`, streaming: memory does not grow with their number.

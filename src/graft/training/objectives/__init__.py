@@ -28,6 +28,7 @@ class Objective(ABC):
     metrics  what `score` reports, and whether more is better; the first one decides unless another is named
     packs    whether several examples may share a row
     generates  whether a prediction is a text, which options of generation shape
+    auto       the class of transformers that loads a model for it
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class Objective(ABC):
     metrics: ClassVar[dict[str, bool]]
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    auto: ClassVar[str]
 
     def __init__(
         self,
@@ -59,6 +61,11 @@ class Objective(ABC):
     def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:
         """Whether "auto" may choose this objective."""
         return any(set(needed) <= set(columns) for needed in cls.columns)
+
+    @classmethod
+    def outputs(cls, config: Any, examples: Examples | None, labels: Sequence[str] | None) -> dict[str, Any]:
+        """What to change in the configuration of a model, before it is loaded, so that its outputs fit the data."""
+        return {}
 
     @abstractmethod
     def features(self, examples: Examples) -> Sequence[dict[str, Any]]:
@@ -124,8 +131,13 @@ def on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def named_classes(model: nn.Module) -> list[str] | None:
-    """The names that the model's configuration gives its classes, unless they are the default LABEL_0, LABEL_1, ..."""
-    names: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    """The names that the model's configuration gives its classes, unless they are the default ones."""
+    return configured_classes(getattr(model, "config", None))
+
+
+def configured_classes(config: Any) -> list[str] | None:
+    """The names that a configuration gives its classes, unless they are the default LABEL_0, LABEL_1, ..."""
+    names: Mapping[int, str] = getattr(config, "id2label", None) or {}
     listed = [names[i] for i in sorted(names)]
     return None if not listed or listed == [f"LABEL_{i}" for i in range(len(listed))] else listed
 

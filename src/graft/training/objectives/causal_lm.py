@@ -25,6 +25,7 @@ class CausalLM(TokenLoss):
 
     name = "causal-lm"
     columns = (("text",), ("prompt", "completion"), ("messages",))
+    auto = "AutoModelForCausalLM"
 
     packs = True
 

@@ -17,6 +17,7 @@ class Classification(Labelled):
 
     name = "classification"
     columns = (("text", "label"),)
+    auto = "AutoModelForSequenceClassification"
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)

@@ -19,6 +19,7 @@ class ImageClassification(Labelled):
 
     name = "image-classification"
     columns = (("image", "label"),)
+    auto = "AutoModelForImageClassification"
 
     def features(self, examples: Examples) -> "Images":
         return Images(examples, self.ids(examples))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...core.errors import GraftError
 from ..data import Examples, column
-from . import Objective, named_classes, outputs_of
+from . import Objective, configured_classes, named_classes, outputs_of
 
 
 class Labelled(Objective):
@@ -20,6 +20,22 @@ class Labelled(Objective):
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
         self.labels = self.labels or named_classes(model)
+
+    @classmethod
+    def outputs(cls, config: Any, examples: Examples | None, labels: Sequence[str] | None) -> dict[str, Any]:
+        """As many outputs as classes, with their names; a model that knows the classes of the data stays as it is."""
+        if labels is None and examples is None:
+            return {}
+        values = [] if examples is None else column(examples, "label")
+        names = labels or (examples is not None and _classes(examples)) or label_names(values)
+        known = configured_classes(config) or []
+        if labels is None and {str(n) for n in names} <= set(map(str, known)):
+            return {}
+        return {
+            "num_labels": len(names),
+            "id2label": {i: str(n) for i, n in enumerate(names)},
+            "label2id": {str(n): i for i, n in enumerate(names)},
+        }
 
     def ids(self, examples: Examples) -> list[int]:
         """The label of each example as a number; names are taken from the data if they are not known yet."""

@@ -21,11 +21,19 @@ class Regression(Objective):
 
     name = "regression"
     columns = (("text", "label"),)
+    auto = "AutoModelForSequenceClassification"
     metrics = {"mse": False, "mae": False, "r2": True, "pearson": True, "loss": False}
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
         self.max_length = limit(model, processor, self.max_length)
+
+    @classmethod
+    def outputs(cls, config: Any, examples: Examples | None, labels: Sequence[str] | None) -> dict[str, Any]:
+        """As many outputs as a label has numbers; a model that has them already stays as it is."""
+        wanted = 1 if examples is None else len(_numbers(column(examples, "label")[0], 0))
+        known = getattr(config, "problem_type", None) == "regression" and config.num_labels == wanted
+        return {} if known else {"num_labels": wanted, "problem_type": "regression"}
 
     @classmethod
     def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:

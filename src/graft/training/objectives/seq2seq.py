@@ -18,6 +18,7 @@ class Seq2Seq(TokenLoss):
 
     name = "seq2seq"
     columns = (("input", "target"),)
+    auto = "AutoModelForSeq2SeqLM"
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)

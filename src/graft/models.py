@@ -1,0 +1,351 @@
+"""Base models by name: a local folder, a model id of the Hugging Face hub, or one of `graft/bases`.
+
+A file in `graft/bases` is a base under its own name: `path()` gives the folder that holds its weights (safetensors),
+configuration and tokenizer; `CLASSES`, where it is needed, {name of an Auto class of transformers: the class to take
+instead}.
+"""
+
+import contextlib
+import copy
+import importlib
+import pkgutil
+import re
+import shutil
+import socket
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import bases
+from .core.adapter import registry
+from .core.errors import GraftError
+from .core.merge import merge
+from .training import objectives
+from .training.data import Examples
+from .training.evaluation import processor_of
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass
+class Base:
+    """A base model, ready for one objective.
+
+    name       what it was asked for
+    model      in evaluation mode
+    processor  its tokenizer or image processor
+    objective  what it was loaded for, such as "classification"; None: what its checkpoint says
+    config     what was changed in its configuration for that: number and names of classes
+    heads      modules which the checkpoint does not hold, such as a new classifier: train them beside the adapter
+    max_length tokens of one example, if an adapter was trained with another limit than the model's
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    objective: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    max_length: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `evaluate` and `predict` have to know to treat data as in training."""
+        objective = self.objective or "auto"
+        return {"objective": objective, "processor": self.processor, "max_length": self.max_length}
+
+
+def load_base(
+    name: str | Path,
+    *,
+    objective: str | None = None,
+    examples: Examples | None = None,
+    labels: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Base:
+    """Load a base model with its tokenizer or image processor.
+
+    name       a local folder, the id of a model on the Hugging Face hub, or a base that ships: `ships()` names them
+    objective  the one it is for; without it the model is of the class that its checkpoint names
+    examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
+    config     instead of both, what `Base.config` of an earlier load says
+    dtype      of the weights: auto (as stored), float32, bfloat16, float16
+    device     auto by default: the accelerator, if there is one
+    revision   of the model on the hub
+    seed       of modules which the checkpoint does not hold
+
+    Only a name that is no folder and does not ship is looked for on the hub. Weights are read from safetensors only,
+    and code that comes with a model is not run.
+    """
+    kinds = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in kinds:
+        raise GraftError(f"dtype is one of {', '.join(kinds)}, not {dtype!r}")
+    place = _device(device)
+    source = _locate(str(name), revision)
+    task = None if objective is None else objectives.find(objective)
+    with _reading(str(name), task), torch.random.fork_rng(devices=[]):
+        from transformers import AutoConfig
+
+        settings = AutoConfig.from_pretrained(source.place, **source.options)
+        changes = dict(config or {})
+        if task and config is None:
+            changes = task.outputs(settings, examples, labels)
+        for key, value in changes.items():
+            setattr(settings, key, {int(k): v for k, v in value.items()} if key == "id2label" else value)
+        torch.manual_seed(seed)
+        model, info = _model_class(source, settings, task).from_pretrained(
+            source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=bool(changes), **source.options,
+        )  # fmt: skip
+    processor = processor_of(model, source.place)
+    if source.module:
+        model.name_or_path = model.config._name_or_path = str(name)
+    new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
+    return Base(str(name), model.to(place).eval(), processor, objective, changes, whole(model, new))
+
+
+def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:
+    """The model of a checkpoint without its weights (on the meta device): its modules, to look at."""
+    source = _locate(str(name), revision)
+    with _reading(str(name)), torch.device("meta"):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.place, **source.options)
+        cls = _model_class(source, config, None)
+        return (getattr(cls, "from_config", None) or cls._from_config)(config)
+
+
+def ships() -> list[str]:
+    """The names of the bases that ship with the library."""
+    return sorted(m.name for m in pkgutil.iter_modules(bases.__path__))
+
+
+def whole(model: nn.Module, names: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are among `names`."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        own = {f"{path}.{n}" if path else n for n, _ in module.named_parameters()}
+        if own and own <= names and not any(path.startswith(f"{f}.") for f in found):
+            found.append(path)
+    return found
+
+
+def save_merged(model: Any, folder: str | Path, processor: Any = None) -> dict[str, float]:
+    """Write the plain checkpoint which computes what the adapted model computes, as a folder for `from_pretrained`.
+
+    The model is as before afterwards. Matrices which were tied to others and no longer equal them are stored on their
+    own. Returns, by module, which share of its change rounding to the base's dtype lost (`graft.merge` warns about it).
+    The folder is written beside its place and renamed.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise GraftError(f"{folder} exists already: choose another folder")
+    if registry(model) is None:
+        raise GraftError(f"{type(model).__name__} carries no adapter: there is nothing to merge")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, config = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}", model.config
+    merged = merge(model)
+    try:
+        owned = tuple(f"{p}." for p, m in model.named_modules() if getattr(m, "graft_owned", False))
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith(owned)}
+        model.config = copy.deepcopy(config)
+        if getattr(config, "tie_word_embeddings", False) and not _tied(model):
+            model.config.tie_word_embeddings = False
+        with _quiet():
+            model.save_pretrained(aside, state_dict=dict(state))
+        if processor is not None:
+            processor.save_pretrained(aside)
+        _check(aside, model, state)
+        aside.rename(folder)
+    finally:
+        model.config = config
+        merged.undo()
+        shutil.rmtree(aside, ignore_errors=True)
+    return merged.lost
+
+
+def _tied(model: Any) -> bool:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    return inputs is None or outputs is None or inputs.weight is outputs.weight
+
+
+def _check(folder: Path, model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint that would not come back as it is, tensor by tensor: names that are tied while loading."""
+    with _quiet():
+        again = model.host_class if hasattr(model, "host_class") else type(model)
+        back = again.from_pretrained(folder, dtype="auto", local_files_only=True).state_dict()
+    for key, value in state.items():
+        if key not in back or not torch.equal(back[key].to(value.device), value):
+            raise GraftError(
+                f"a plain checkpoint of {again.__name__} cannot hold the merged {key} (it is tied to another tensor "
+                f"when it is loaded): keep the adapter, or leave that module out of its targets"
+            )
+
+
+# Finding and reading
+
+
+@dataclass
+class _Source:
+    """Where a checkpoint lies: a folder or a hub id; `module` is the file of a base that ships."""
+
+    place: str
+    options: dict[str, Any]
+    module: Any = None
+
+
+def _locate(name: str, revision: str | None) -> _Source:
+    """Nothing but a hub id may use the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise GraftError(f"the folder {name} holds no model: it has no config.json")
+        return _Source(str(path), {"local_files_only": True})
+    if name in ships():
+        module = _ship(name)
+        try:
+            return _Source(str(module.path()), {"local_files_only": True}, module)
+        except ImportError as error:
+            raise GraftError(str(error)) from error
+    if path.exists():
+        raise GraftError(f"{name} is a file; a model is a folder with config.json and safetensors")
+    if not _HUB_ID.fullmatch(name) or (path.parent.is_dir() and path.parent != Path()):
+        raise GraftError(
+            f"there is no folder {name}: a model is a local folder, the id of a model on the Hugging Face hub, "
+            f"or a base that ships ({', '.join(ships()) or 'none here'})"
+        )
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    return _Source(name, options if _reachable() else {**options, "local_files_only": True})
+
+
+def _reachable() -> bool:
+    """Whether the hub's name resolves: asked here, since its client tries for half a minute before it gives up."""
+    if urllib.request.getproxies():
+        return True
+    from huggingface_hub import constants
+
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
+
+
+def _ship(name: str) -> Any:
+    return importlib.import_module(f"{bases.__name__}.{name}")
+
+
+def _own_classes(module: Any) -> dict[str, Any]:
+    """The models that the file of a base defines, by name."""
+    classes = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)}
+    return {k: v for k, v in classes.items() if v.__module__ == module.__name__}
+
+
+def _model_class(source: _Source, config: Any, task: type[objectives.Objective] | None) -> Any:
+    """The class that loads a checkpoint: one for the objective, or the one that the checkpoint names."""
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if task is None and hasattr(transformers, named):
+        return getattr(transformers, named)
+    if source.module is None and not hasattr(transformers, named):  # written by `save_merged` from a base that ships
+        owners = [_ship(base) for base in ships() if named in _own_classes(_ship(base))] if named else []
+        source.module = owners[0] if owners else None
+    own = _own_classes(source.module) if source.module else {}
+    ending = named if task is None else task.auto.removeprefix("AutoModel")
+    fitting = [cls for name, cls in own.items() if name.endswith(ending)] if ending else []
+    return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        from accelerate import PartialState
+
+        return torch.device(str(PartialState().device))
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+        raise GraftError(f"device {name!r} cannot be used: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks and bars of transformers: what matters of them is reported in other ways."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _reading(name: str, task: type[objectives.Objective] | None = None) -> Iterator[None]:
+    """Turn what reading a checkpoint may raise into one sentence."""
+    with _quiet():
+        try:
+            yield
+        except GraftError:
+            raise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = _reason(name, task, error)
+            if said is None:
+                raise
+            raise GraftError(said) from error
+
+
+def _reason(name: str, task: type[objectives.Objective] | None, error: Exception) -> str | None:
+    """What went wrong with the checkpoint `name`, or None if it is a bug."""
+    chain, link = [], error
+    while link is not None and len(chain) < 10:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    kinds = {cls.__name__ for e in chain for cls in type(e).__mro__}
+    text = " ".join(str(e) for e in chain)
+    page = f"https://huggingface.co/{name}"
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return f"the model {name} is gated: accept its terms at {page} and log in with `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return f"the model {name} has no such revision: see {page}"
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        return (
+            f"there is no folder and no model on the Hugging Face hub called {name}: check the spelling, "
+            f"or log in with `hf auth login` if it is private"
+        )
+    unreachable = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "Timeout"}
+    if kinds & unreachable or "offline mode" in text:
+        return (
+            f"{name} is neither a folder nor on this machine, and the Hugging Face hub cannot be reached: "
+            f"go online, or name a folder or a base that ships ({', '.join(ships()) or 'none here'})"
+        )
+    if "trust_remote_code" in text:
+        return f"{name} needs code of its own, which is not run: use a model that transformers knows by itself"
+    if task and "Unrecognized configuration class" in text:
+        return f"{name} has no model for {task.name}: choose another objective or another model"
+    if "SafetensorError" in kinds or "JSONDecodeError" in kinds or "not a valid JSON file" in text:
+        return f"{name} is damaged: {_first_line(error)}"
+    if "safetensors" in text and isinstance(error, OSError):
+        return f"{name} has no weights in safetensors: convert it first (pickled weights are not read)"
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        return f"{name} cannot be loaded: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

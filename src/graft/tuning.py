@@ -1,0 +1,192 @@
+"""From names to a trained adapter, and from a saved one to a model that answers: what the commands do, in Python."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from .core import files
+from .core.adapter import Adapter, attach
+from .core.errors import GraftError
+from .core.hyper import Range
+from .core.recipe import Recipe
+from .core.statistics import collect
+from .models import Base, load_base
+from .training import Result, fit, objectives, predict
+from .training.batches import Plan
+from .training.data import Examples, read, take
+from .training.evaluation import choose, length
+
+
+@dataclass
+class Tuned:
+    """What `tune` gives: the base with the adapter on it, the adapter, and what the run showed."""
+
+    base: Base
+    adapter: Adapter
+    result: Result
+
+
+def tune(
+    model: str | Path,
+    data: Any,
+    *,
+    method: Any = "lora",
+    targets: str | Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    dtype: str = "auto",
+    revision: str | None = None,
+    examples_for_statistics: int = 64,
+    **training: Any,
+) -> Tuned:
+    """Load a base model, put a new adapter on it, train it on data and save it.
+
+    model      a folder, the id of a model on the hub, or a base that ships, see `load_base`
+    data       a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, "owner/name" on the hub, a list of dicts
+    method     graft.LoRA(rank=8), or the name of a method
+    targets    modules to adapt: a preset (all-linear, attention, mlp, qv, blocks, ...), regular expressions over the
+               paths of modules, or a list of them; by default what the method is made for
+    heads      modules to train whole beside the method, named like targets; by default those which the checkpoint
+               lacks, such as a new classifier
+    output     folder for the adapter; it must not exist. Until the adapter is complete, the run has a folder beside it,
+               with .run at the end of its name
+    resume     go on with a run that was stopped, from its last checkpoint and to the same bits
+    dtype      of the base's weights: auto (as stored), float32, bfloat16, float16
+    revision   of the model on the hub
+    examples_for_statistics  from how many examples a method that looks at the data before it starts may learn
+    training   what `graft.fit` takes: objective, validation, epochs, batch_size, learning_rate, ...
+
+    The outputs of the model follow the data: a classifier with new outputs is a head saved with the adapter.
+    """
+    place = None if output is None else Path(output).expanduser()
+    run = place and place.with_name(f"{place.name}.run")
+    if place and run:
+        _check_places(place, run, resume)
+    columns, seed = training.pop("columns", None), training.get("seed", 0)
+    examples = read(data, columns=columns)
+    if isinstance(training.get("validation"), str | Path):
+        training["validation"] = read(training["validation"], split="validation", columns=columns)
+    task = choose(training.get("objective", "auto"), examples)
+    base = load_base(
+        model, objective=task.name, examples=examples, labels=training.get("labels"),
+        dtype=dtype, revision=revision, seed=seed,
+    )  # fmt: skip
+    training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
+    recipe, stats = Recipe.of(method), None
+    if targets is None and recipe.method.targets == "head" and base.heads:
+        targets, base.heads = base.heads, []  # the method itself is for heads
+    if recipe.method.needs:
+        batches, loss = _batches(base, task, examples, examples_for_statistics, training)
+        stats = collect(base.model, batches, recipe.method.needs, targets or recipe.method.targets, loss)
+    heads = base.heads if heads is None else heads
+    adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
+    result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
+    adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
+    base.model.eval()
+    if place and run:
+        adapter.save(place, base_model=base.name)
+        for kept in (p for p in run.iterdir() if not p.name.startswith((".", "checkpoint-"))):
+            kept.rename(place / kept.name)
+        shutil.rmtree(run)
+    return Tuned(base, adapter, result)
+
+
+def load_adapted(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    objective: str | None = None,
+    labels: Sequence[str] | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    allow_other_base: bool = False,
+) -> Base:
+    """Load a base model with a saved adapter on it, for the task that the adapter was trained for.
+
+    model             as for `load_base`
+    adapter           a folder that `Adapter.save` or Hugging Face PEFT wrote, or an id on the hub; none: the base alone
+    objective         what the model is for; by default what the adapter was trained for
+    labels            names of the classes, in order; by default those that the adapter was trained with
+    dtype             of the base's weights: auto (as stored), float32, bfloat16, float16
+    device            cpu, cuda, ...; by default the accelerator, if there is one
+    revision          of the model on the hub
+    allow_other_base  use the adapter on weights it was not trained on, too
+    """
+    task = {} if adapter is None else dict(files.read_config(adapter).get("task") or {})
+    task |= {} if objective is None else {"objective": objective}
+    base = load_base(
+        model, objective=task.get("objective"), labels=labels, config=None if labels else task.get("config"),
+        dtype=dtype, device=device, revision=revision,
+    )  # fmt: skip
+    if adapter is not None:
+        files.load(base.model, adapter, allow_other_base=allow_other_base)
+    base.max_length = task.get("max_length")
+    return base
+
+
+def generate(
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    chat: Annotated[bool, "ask through the chat template of the tokenizer"] = False,
+    system: Annotated[str | None, "with --chat: the system message"] = None,
+    max_new_tokens: Annotated[int, "longest answer, in tokens", Range(1)] = 128,
+    temperature: Annotated[float | None, "sample from softmax(logits / temperature)", Range(above=0)] = None,
+    top_k: Annotated[int | None, "sample among the k likeliest tokens", Range(1)] = None,
+    top_p: Annotated[float | None, "sample among the likeliest tokens with this share", Range(above=0, high=1)] = None,
+    repetition_penalty: Annotated[float, "above 1: tokens that occurred get less likely", Range(above=0)] = 1.0,
+    num_beams: Annotated[int, "hypotheses to follow", Range(1)] = 1,
+    seed: Annotated[int, "of sampling", Range(0)] = 0,
+) -> list[str]:
+    """What a language model writes after each prompt; it samples if temperature, top_k or top_p is given."""
+    if not getattr(base.model, "can_generate", lambda: False)():
+        raise GraftError(f"{type(base.model).__name__} does not generate text: predict with it")
+    if system is not None and not chat:
+        raise GraftError("a system message needs the chat template: ask with chat")
+    sampling = {"temperature": temperature or 1.0, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    drawn = any(v is not None for v in (temperature, top_k, top_p))
+    before = [] if system is None else [{"role": "system", "content": system}]
+    two_parts = bool(getattr(base.model.config, "is_encoder_decoder", False))
+    if chat and not getattr(base.processor, "chat_template", None):
+        raise GraftError(f"the tokenizer of {base.name} has no chat template: leave chat out")
+    rows: list[Any] = [
+        {"messages": [*before, {"role": "user", "content": p}]} if chat else {"input" if two_parts else "prompt": p}
+        for p in prompts
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return predict(
+            base.model, rows, objective="seq2seq" if two_parts else "causal-lm", processor=base.processor,
+            max_new_tokens=max_new_tokens, num_beams=num_beams, repetition_penalty=repetition_penalty,
+            do_sample=drawn, **(sampling if drawn else {}),
+        )  # fmt: skip
+
+
+def _check_places(place: Path, run: Path, resume: bool) -> None:
+    if place.exists():
+        raise GraftError(f"the output folder {place} exists already: choose another one, or remove it")
+    begun = any(run.glob("checkpoint-*"))
+    if resume and not begun:
+        raise GraftError(f"{run} holds no checkpoint of a run to resume: leave resume out to begin")
+    if begun and not resume:
+        raise GraftError(f"{run} holds a run that was stopped: resume it, or remove that folder to begin anew")
+
+
+def _batches(
+    base: Base, task: type[objectives.Objective], examples: Examples, count: int, training: Mapping[str, Any]
+) -> tuple[list, Callable[[nn.Module, Any], torch.Tensor]]:
+    """Some batches of the data where the model is, and the mean loss of one."""
+    doing = task(
+        base.model, training["processor"], max_length=training.get("max_length"), labels=training.get("labels")
+    )  # fmt: skip
+    features = doing.features(take(examples, list(range(min(count, len(examples))))))
+    plan = Plan([length(features, i) for i in range(len(features))], training.get("batch_size", 8))
+    batches = [objectives.on(base.model, doing.collate([features[i] for i in rows])) for rows in plan.epoch(0)]
+    return batches, lambda model, batch: doing.loss(model, batch)[0] / doing.terms(batch)
