@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graft
-from graft.core.delta import Adapted
+from graft.core.delta import METHODS, Adapted
 from graft.core.site import QuantisedSite
 from models import bert, gpt2, llama, move, picture, tokens
 
@@ -398,3 +398,99 @@ merged = graft.merged_state_dict(model)
 assert "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_without_an_entry_for_a_site_needs_a_default():
+    class Sized(graft.Delta, name="sized"):
+        def __init__(self, site, *, size: int, other: int = 3):
+            super().__init__(site)
+            self.gain = nn.Parameter(torch.full((size,), float(other)))
+
+        def weight(self, w):
+            return w * self.gain.mean()
+
+    try:
+        model = llama()
+        with pytest.raises(graft.GraftError, match=r"sized: the table of size has no entry for .*k_proj, and size no"):
+            graft.attach(model, "sized", ["q_proj", "k_proj"], size={"q_proj": 2})
+        adapter = graft.attach(model, "sized", ["q_proj", "k_proj"], size={"q_proj": 2, "*": 4}, other={"q_proj": 1})
+        assert [len(d.gain) for d in adapter.deltas.values()] == [2, 4, 2, 4]
+        assert [d.gain[0].item() for d in adapter.deltas.values()] == [1, 3, 1, 3]
+    finally:
+        del METHODS["sized"]
+
+
+def test_a_compiled_model_is_adapted_inside_and_runs_what_its_module_runs(tmp_path):
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    same = lambda: torch.equal(logits(compiled), logits(model))
+    y = logits(compiled)
+    lora = move(graft.attach(compiled, "lora", "q_proj"))
+    assert not any("_orig_mod" in path for path in lora.deltas) and graft.adapters(compiled) == graft.adapters(model)
+    on = logits(compiled)
+    assert same() and not torch.equal(on, y)
+    lora.save(tmp_path / "a")
+    move(graft.attach(compiled, "prefix_tuning", length=3, name="prefix"))
+    assert same() and not torch.equal(logits(compiled), on)
+    graft.activate(compiled, "default")
+    assert same() and torch.equal(logits(compiled), on)
+    with graft.disabled(compiled):
+        assert torch.equal(logits(compiled), y)
+    with graft.merge(compiled):
+        torch.testing.assert_close(logits(compiled), on)
+    assert torch.equal(logits(compiled), on)
+    for adapter in graft.adapters(compiled).values():
+        adapter.detach()
+    assert torch.equal(logits(compiled), y)
+    graft.load(compiled, tmp_path / "a")
+    assert torch.equal(logits(compiled), on)
+
+
+def test_wrappers_that_shard_or_copy_are_refused():
+    model = nn.DataParallel(llama())
+    with pytest.raises(graft.GraftError, match="wrapped by DataParallel already: attach or load adapters before"):
+        graft.attach(model, "lora", "q_proj")
+    assert not graft.adapters(model.module)
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.second, self.plain = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, affine=False)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.plain(self.second(self.norm(self.first(x)).relu())).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method, targets", [("lora", ["first", "second"]), ("ln_tuning", "norm"), ("ssf", "norm")])
+@pytest.mark.parametrize("heads", [(), "out", "plain"])
+@pytest.mark.parametrize("training", [False, True])
+def test_running_statistics_of_the_base_stay_as_they_are(method, targets, heads, training):
+    torch.manual_seed(0)
+    model = Images().train(training)
+    model(torch.randn(5, 3, 8, 8))
+    model.plain.train(False)
+    before, buffers = picture(model), {n: b.clone() for n, b in model.named_buffers()}
+    unchanged = lambda: all(torch.equal(b, buffers[n]) for n, b in model.named_buffers() if "deltas" not in n)
+    first = graft.attach(model, method, targets, heads=heads, name="first")
+    second = graft.attach(model, "lora", "out" if heads != "out" else "first", name="second")
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1)
+    for _ in range(3):
+        model.train()
+        model(torch.randn(5, 3, 8, 8) + 3).square().sum().backward()
+        optimizer.step()
+        model.eval()
+        model(torch.randn(2, 3, 8, 8))
+    assert unchanged()
+    twin = copy.deepcopy(model).train()
+    twin(torch.randn(5, 3, 8, 8))
+    assert all(torch.equal(b, buffers[n]) for n, b in twin.named_buffers() if "deltas" not in n)
+    first.detach()
+    model.train(training)(torch.randn(5, 3, 8, 8))
+    second.detach()
+    assert unchanged()
+    assert [(p, t, a, c, f) for p, t, a, c, f, _ in picture(model)] == [(p, t, a, c, f) for p, t, a, c, f, _ in before]
+    model.train()(torch.randn(5, 3, 8, 8))
+    assert not torch.equal(model.norm.running_mean, buffers["norm.running_mean"])

@@ -104,3 +104,65 @@ def test_merged_state_has_exactly_the_keys_of_the_base():
     keys = set(model.state_dict())
     move(graft.attach(model, "lora", heads="classifier"))
     assert set(graft.merged_state_dict(model)) == keys
+
+
+def test_a_merge_in_place_is_not_applied_twice_nor_taken_for_the_base(tmp_path):
+    model = llama()
+    a = move(graft.attach(model, "lora", name="a"))
+    a.save(tmp_path / "a")
+    y = model(IDS).logits
+    done = graft.merge(model)
+    merged = model(IDS).logits
+    acts = {
+        "enable": a.enable,
+        "disable": a.disable,
+        "activate": lambda: graft.activate(model, "a"),
+        "disabled": lambda: graft.disabled(model).__enter__(),
+        "attach": lambda: graft.attach(model, "lora", name="b"),
+        "load": lambda: graft.load(model, tmp_path / "a", name="b"),
+        "save": lambda: a.save(tmp_path / "b"),
+        "merge": lambda: graft.merge(model),
+        "detach": a.detach,
+    }
+    for act in acts.values():
+        with pytest.raises(graft.GraftError, match="adapter 'a' is merged into the base: undo the merge first"):
+            act()
+        assert torch.equal(model(IDS).logits, merged)
+    assert list(graft.adapters(model)) == ["a"] and not (tmp_path / "b").exists()
+    done.undo()
+    done.undo()
+    assert torch.equal(model(IDS).logits, y)
+    a.save(tmp_path / "b")
+    a.detach()
+    graft.load(model, tmp_path / "b")
+    assert torch.equal(model(IDS).logits, y)
+
+
+def test_a_merge_that_is_kept_leaves_a_plain_model():
+    model, plain = llama(torch.float64), llama(torch.float64)
+    for m in (model, plain):
+        m.model.norm.requires_grad_(False)
+    move(graft.attach(model, "lora", name="a"))
+    move(graft.attach(model, "lora", "q_proj", name="b"), seed=2).disable()
+    y, state = model(IDS).logits, graft.merged_state_dict(model)
+    done = graft.merge(model)
+    done.keep()
+    assert not graft.adapters(model)
+    torch.testing.assert_close(model(IDS).logits, y)
+    plain.load_state_dict(state)
+    shape = lambda m: [(p, t, a, c, f, [(n, g, b) for n, _, g, b in own]) for p, t, a, c, f, own in picture(m)]
+    assert shape(model) == shape(plain)
+    with pytest.raises(graft.GraftError, match="undone or kept before"):
+        done.keep()
+    done.undo()
+    torch.testing.assert_close(model(IDS).logits, y)
+
+
+def test_a_kept_merge_of_a_tied_head_survives_saving(tmp_path):
+    model = llama(torch.float64, tie_word_embeddings=True)
+    move(graft.attach(model, "lora", "lm_head"))
+    y = model(IDS).logits
+    graft.merge(model).keep()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(again(IDS).logits, y)

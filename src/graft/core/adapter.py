@@ -15,18 +15,66 @@ from .site import Site, site_for
 from .targets import resolve
 
 _HOME = "_graft"  # where a model keeps its registry
+_SHARDED = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself inside torch.compile's wrapper, which runs it again when its adapters change."""
+    while type(model).__name__ == "OptimizedModule":
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return model
+
+
+class _Still:
+    """`train` of a module with running statistics while adapters are on the model: it stays in evaluation mode.
+
+    In training mode it would follow the data and so change the frozen base.
+    """
+
+    def __init__(self, module: nn.Module, follows: bool):
+        self.module, self.follows = module, follows
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        for child in self.module.children():  # deltas, when it is a host
+            child.train(mode)
+        return self.module
 
 
 class Registry:
     """The adapters of one model in the order of their chain, and what the base was before the first one came."""
 
     def __init__(self, model: nn.Module):
+        self.model = model
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
+        self.merged: Any = None  # the Merge in place, if there is one
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
+        for p in self.trainable:
+            p.requires_grad_(False)
+        self.still = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+        for m in self.still:
+            m.__dict__["train"] = _Still(m, m.training == model.training)
+            m.training = False
+
+    def close(self) -> None:
+        """Give the flags of the base back, after the last adapter has left."""
+        for p in self.trainable:
+            p.requires_grad_(True)
+        for m in self.still:
+            before = m.__dict__.pop("train")
+            m.training = self.model.training if before.follows else m.training
+        del self.model.__dict__[_HOME]
+
+    def check_unmerged(self) -> None:
+        if self.merged is not None:
+            raise GraftError(
+                f"adapter {', '.join(map(repr, self.merged.names))} is merged into the base: "
+                f"undo the merge first, or keep it, with undo() or keep() of what graft.merge gave"
+            )
 
     def activate(self, names: Iterable[str]) -> None:
         """Run exactly the adapters `names`, the first one innermost."""
+        self.check_unmerged()
         names = tuple(names)
         if unknown := [n for n in names if n not in self.adapters]:
             raise GraftError(f"no adapter is called {unknown[0]!r}; the model has {', '.join(self.adapters) or 'none'}")
@@ -38,7 +86,7 @@ class Registry:
 
 
 def registry(model: nn.Module) -> Registry | None:
-    return model.__dict__.get(_HOME)
+    return unwrapped(model).__dict__.get(_HOME)
 
 
 def adapters(model: nn.Module) -> dict[str, "Adapter"]:
@@ -112,7 +160,9 @@ class Adapter:
             raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
         if isinstance(model, torch.jit.ScriptModule):
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
-        cls = recipe.method
+        cls, model = recipe.method, unwrapped(model)
+        if wrapper := next((c.__name__ for c in type(model).__mro__ if c.__name__ in _SHARDED), None):
+            raise GraftError(f"the model is wrapped by {wrapper} already: attach or load adapters before wrapping it")
         self.model, self.name, self.seed = model, name, seed
         self.task: dict[str, Any] = {}  # what it was trained for, as JSON; saved with it
         self.targets = cls.targets if targets is None else targets
@@ -212,8 +262,7 @@ class Adapter:
             raise GraftError(f"the model has an adapter called {self.name!r} already: detach it or choose another name")
         if found is None:
             found = model.__dict__[_HOME] = Registry(model)
-            for p in found.trainable:
-                p.requires_grad_(False)
+        found.check_unmerged()
         done = []
         try:
             for delta in self.deltas.values():
@@ -230,7 +279,10 @@ class Adapter:
             self._keeper()[f"*{self.name}"] = self.shared
 
     def detach(self) -> None:
-        """Take the deltas off; the last adapter to leave restores the base with all its attributes and flags."""
+        """Take the deltas off; the last adapter to leave restores the base with all its attributes and flags.
+
+        Refused while a merge is in place: undo it, or keep it, which takes the adapters off.
+        """
         if not self.attached:
             raise GraftError(f"adapter {self.name!r} is not on the model")
         found = registry(self.model)
@@ -251,9 +303,7 @@ class Adapter:
             unmount(self.name, delta)
         del found.adapters[self.name]
         if not found.adapters:
-            for p in found.trainable:
-                p.requires_grad_(True)
-            del self.model.__dict__[_HOME]
+            found.close()
 
     @property
     def active(self) -> bool:

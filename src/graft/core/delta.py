@@ -275,6 +275,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy without the deltas on it and in it."""
     twin = copy.deepcopy(module)
     for m in list(twin.modules()):
+        m.__dict__.pop("train", None)  # a frozen module's own, see adapter.py; the copy is trained
         if isinstance(m, Adapted):
             m.relink(())
             strip(m)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..version import __version__
 from . import peft
-from .adapter import Adapter
+from .adapter import Adapter, registry, unwrapped
 from .card import HUB_ID, card, class_name
 from .delta import Delta, is_finite
 from .errors import GraftError
@@ -54,6 +54,8 @@ def save(
     """
     if format not in FORMATS:
         raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
+    if found := registry(adapter.model):
+        found.check_unmerged()
     state = adapter.state_dict()
     if broken := next((key for key, value in state.items() if not is_finite([value])), None):
         raise GraftError(f"{broken} holds NaN or infinity: nothing was saved")
@@ -96,6 +98,9 @@ def load(
 
     GraftError, and the model as it was, for whatever is not a sound adapter for this base.
     """
+    model = unwrapped(model)
+    if found := registry(model):
+        found.check_unmerged()
     place = _locate(folder, revision)
     config = read_config(place)
     tensors = _read_tensors(place, config.get("tensors_sha256"))

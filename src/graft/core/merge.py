@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapted_hosts, registry
+from .adapter import Registry, adapted_hosts, registry, unwrapped
 from .delta import is_finite
 from .errors import GraftError
 from .site import rounding_loss
@@ -20,20 +20,50 @@ SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warn
 
 @dataclass
 class Merge:
-    """A merge done in place. `undo()` puts the base's own parameters and its adapters back."""
+    """A merge done in place: `undo()` puts the base's own parameters and the adapters back, `keep()` drops them.
+
+    Until then the adapters of the model can be neither saved nor switched, and none can come or leave.
+    """
 
     model: nn.Module
     lost: dict[str, float]  # by host, the share of the change which rounding to the base's dtype lost
     names: tuple[str, ...] = ()
     kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
-    def undo(self) -> None:
-        for module, name, parameter in reversed(self.kept):
-            module._parameters[name] = parameter
-        self.kept.clear()
+    def _end(self) -> Registry | None:
         found = registry(self.model)
-        if found:
+        if found is None or found.merged is not self:
+            return None  # ended before
+        found.merged = None
+        return found
+
+    def undo(self) -> None:
+        if found := self._end():
+            for module, name, parameter in reversed(self.kept):
+                module._parameters[name] = parameter
+            self.kept.clear()
             found.activate(self.names)
+
+    def keep(self) -> None:
+        """Make the merged weights the base's for good, and take all adapters off the model.
+
+        Where a matrix was merged apart from the one it was tied to, the model's configuration says untied from now on.
+        """
+        found = self._end()
+        if found is None:
+            raise GraftError("the merge was undone or kept before")
+        trainable = {id(p) for p in found.trainable}
+        here = {id(p) for p in self.model.parameters()}
+        config = getattr(self.model, "config", None)
+        if {id(old) for _, _, old in self.kept} & here and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+        for module, name, old in self.kept:
+            new = module._parameters[name]
+            assert new is not None
+            new.requires_grad_(id(old) in trainable)
+        self.kept.clear()
+        for adapter in list(found.adapters.values()):
+            adapter.detach()
 
     def __enter__(self):
         return self.model
@@ -86,6 +116,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The model is not changed. A matrix that was tied to another one (lm_head to the embedding) is no longer tied in
     the result: load it into a model with `tie_word_embeddings=False`.
     """
+    model = unwrapped(model)
     values, _ = _merged(model)
     modules = list(model.named_modules(remove_duplicate=False))
     owned = {path for path, m in modules if getattr(m, "graft_owned", False)}
@@ -101,12 +132,15 @@ def merge(model: nn.Module) -> Merge:
     """Merge the running adapters in place: hosts get new parameters, the adapters stay on the model without effect.
 
     The base's parameters are kept, not recomputed: `merge(model).undo()` brings their bits back. A warning tells
-    when rounding to the base's dtype would swallow more than a tenth of the change.
+    when rounding to the base's dtype would swallow more than a tenth of the change. `merge(model).keep()` bakes the
+    adapters in: the merged weights stay, the adapters leave.
     """
-    values, lost = _merged(model)
+    model = unwrapped(model)
     found = registry(model)
     if found is None:
         raise GraftError(f"{type(model).__name__} carries no adapter")
+    found.check_unmerged()
+    values, lost = _merged(model)
     done = Merge(model, lost, found.active)
     for path, tensors in values.items():
         for name, value in tensors.items():
@@ -117,4 +151,5 @@ def merge(model: nn.Module) -> Merge:
             done.kept.append((owner, leaf, old))
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     found.activate(())
+    found.merged = done
     return done

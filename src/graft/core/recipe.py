@@ -1,6 +1,7 @@
 """A recipe: a method with its hyperparameters, before it meets a model."""
 
 import difflib
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,8 @@ from .delta import METHODS, Delta
 from .errors import GraftError
 from .hyper import check, hyperparameters
 from .targets import matcher
+
+_NONE = inspect.Parameter.empty  # the default of a required hyperparameter
 
 
 def method(name: str) -> type[Delta]:
@@ -82,6 +85,11 @@ class Recipe:
                 value = value.get(site.path, default)
             elif isinstance(value, dict):
                 value = next((v for pattern, v in value.items() if matches(pattern, site.path)), default)
+            if value is _NONE:
+                raise GraftError(
+                    f"{self.method.name}: the table of {name} has no entry for {site.path}, and {name} no default: "
+                    f'add one, "*" fits every path'
+                )
             if callable(value):
                 value = value(site)
             if value is not self.hyper[name]:
