@@ -81,13 +81,14 @@ def tune(
     recipe, stats = Recipe.of(method), None
     if targets is None and recipe.method.targets == "head" and base.heads:
         targets, base.heads = base.heads, []  # the method itself is for heads
-    if recipe.method.needs:
+    if needs := recipe.method.asks(recipe.hyper):
         batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-        stats = collect(base.model, batches, recipe.method.needs, targets or recipe.method.targets, loss)
+        stats = collect(base.model, batches, needs, targets or recipe.method.targets, loss)
     heads = base.heads if heads is None else heads
     adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
     result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
     adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
+    base.max_length = training.get("max_length")
     base.model.eval()
     if place and run:
         adapter.save(place, base_model=base.name)

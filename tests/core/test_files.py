@@ -626,3 +626,15 @@ def test_a_local_folder_goes_before_the_hub(good, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     hub(monkeypatch, lambda *a, **k: pytest.fail("asked the hub"))
     graft.load(net(), "org/name")
+
+
+def test_what_an_adapter_was_trained_for_comes_back(tmp_path):
+    """Names of classes by number: JSON makes texts of such keys."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapter = graft.attach(model, "lora", "0", rank=2)
+    adapter.task = {"objective": "classification", "config": {"id2label": {i: f"class {i}" for i in range(12)}}}
+    adapter.save(tmp_path / "a")
+    adapter.detach()
+    task = graft.load(model, tmp_path / "a").task
+    assert task["config"]["id2label"] == {str(i): f"class {i}" for i in range(12)}

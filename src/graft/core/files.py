@@ -168,6 +168,7 @@ def _dtype(adapter: Adapter) -> torch.dtype:
 
 def _checksum(config: dict[str, Any]) -> str:
     rest = {key: value for key, value in config.items() if key != "checksum"}
+    rest = json.loads(json.dumps(rest))  # as it will be read: JSON has no keys but texts, and no tuples
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
