@@ -44,7 +44,8 @@ def demo(
     print_table(rows, columns, "Which chapter of the library reference?")
     size = report["adapter_bytes"] / 2**20
     print(
-        f"LoRA is {report['margin']:+.1f} points from the probe. Its adapter ({size:.1f} MiB) is in {report['adapter']}.\n"
+        f"LoRA is {report['margin']:+.1f} points from the probe. "
+        f"Its adapter ({size:.1f} MiB) is in {report['adapter']}.\n"
         f"A new process loaded it and gave all {report['identical_probabilities']:,} predictions again, to the last "
         f"bit. {report['seconds']:.0f} s in all."
     )
