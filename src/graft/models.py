@@ -42,7 +42,6 @@ class Base:
     model      in evaluation mode
     processor  its tokenizer or image processor
     objective  what it was loaded for, such as "classification"; None: what its checkpoint says
-    config     what was changed in its configuration for that: number and names of classes
     heads      modules which the checkpoint does not hold, such as a new classifier: train them beside the adapter
     max_length tokens of one example, if an adapter was trained with another limit than the model's
     """
@@ -51,7 +50,6 @@ class Base:
     model: Any
     processor: Any
     objective: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     max_length: int | None = None
 
@@ -78,7 +76,7 @@ def load_base(
     name       a local folder, the id of a model on the Hugging Face hub, or a base that ships: `ships()` names them
     objective  the one it is for; without it the model is of the class that its checkpoint names
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
-    config     instead of both, what `Base.config` of an earlier load says
+    config     entries of the configuration instead of both, as an adapter's `task` holds them
     dtype      of the weights: auto (as stored), float32, bfloat16, float16
     device     auto by default: the accelerator, if there is one
     revision   of the model on the hub
@@ -111,7 +109,7 @@ def load_base(
     if source.module:
         model.name_or_path = model.config._name_or_path = str(name)
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
-    return Base(str(name), model.to(place).eval(), processor, objective, changes, whole(model, new))
+    return Base(str(name), model.to(place).eval(), processor, objective, whole(model, new))
 
 
 def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:

@@ -87,7 +87,6 @@ def tune(
     heads = base.heads if heads is None else heads
     adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
     result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
-    adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
     base.model.eval()
     if place and run:
         adapter.save(place, base_model=base.name)
