@@ -105,6 +105,8 @@ def load_base(
             source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=bool(changes), **source.options,
         )  # fmt: skip
+    if task is not None and task.auto == "AutoModelForCausalLM":
+        _check_causal(str(name), model)
     processor = processor_of(model, source.place)
     if source.module:
         model.name_or_path = model.config._name_or_path = str(name)
@@ -262,6 +264,18 @@ def _model_class(source: _Source, config: Any, task: type[objectives.Objective] 
     ending = named if task is None else task.auto.removeprefix("AutoModel")
     fitting = [cls for name, cls in own.items() if name.endswith(ending)] if ending else []
     return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: Any) -> None:
+    """Refuse an encoder in the place of a decoder, which transformers loads without a word: it would see the answer."""
+    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
+    first = model.eval()(input_ids=rows).logits[:, 0].float()
+    if (first[0] - first[1]).abs().max() > 1e-3 * first.std():
+        raise GraftError(
+            f"{name} is no decoder: {type(model).__name__} sees the tokens after the one that it should predict; "
+            f"choose another model or another objective"
+        )
 
 
 def _device(name: str | None) -> torch.device:

@@ -28,6 +28,7 @@ CASES = {
     "unknown label": ([*GOOD, "--labels", "yes,no"], "none of yes, no"),
     "unknown objective": ([*GOOD, "--objective", "guess"], "no objective is called 'guess'"),
     "objective of other models": ([*GOOD, "--objective", "seq2seq"], "has no model for seq2seq"),
+    "an encoder that should predict the next token": (tune(data="{house}/prompts.jsonl"), "is no decoder"),
     "output exists": (tune(output="{house}/bert"), "exists already"),
     "no output": (GOOD[:4], "output is missing"),
     "nothing to resume": ([*GOOD, "--resume"], "no checkpoint"),
