@@ -230,10 +230,12 @@ def _locate(name: str, revision: str | None) -> _Source:
 
 def _reachable() -> bool:
     """Whether the hub's name resolves: asked here, since its client tries for half a minute before it gives up."""
-    if urllib.request.getproxies():
-        return True
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
     try:
         return bool(socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None))
     except OSError:
