@@ -42,7 +42,6 @@ class Base:
     model      in evaluation mode
     processor  its tokenizer or image processor
     objective  what it was loaded for, such as "classification"; None: what its checkpoint says
-    config     what was changed in its configuration for that: number and names of classes
     heads      modules which the checkpoint does not hold, such as a new classifier: train them beside the adapter
     max_length tokens of one example, if an adapter was trained with another limit than the model's
     """
@@ -51,7 +50,6 @@ class Base:
     model: Any
     processor: Any
     objective: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     max_length: int | None = None
 
@@ -78,7 +76,7 @@ def load_base(
     name       a local folder, the id of a model on the Hugging Face hub, or a base that ships: `ships()` names them
     objective  the one it is for; without it the model is of the class that its checkpoint names
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
-    config     instead of both, what `Base.config` of an earlier load says
+    config     entries of the configuration instead of both, as an adapter's `task` holds them
     dtype      of the weights: auto (as stored), float32, bfloat16, float16
     device     auto by default: the accelerator, if there is one
     revision   of the model on the hub
@@ -107,11 +105,13 @@ def load_base(
             source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=bool(changes), **source.options,
         )  # fmt: skip
+    if task is not None and task.auto == "AutoModelForCausalLM":
+        _check_causal(str(name), model)
     processor = processor_of(model, source.place)
     if source.module:
         model.name_or_path = model.config._name_or_path = str(name)
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
-    return Base(str(name), model.to(place).eval(), processor, objective, changes, whole(model, new))
+    return Base(str(name), model.to(place).eval(), processor, objective, whole(model, new))
 
 
 def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:
@@ -230,10 +230,12 @@ def _locate(name: str, revision: str | None) -> _Source:
 
 def _reachable() -> bool:
     """Whether the hub's name resolves: asked here, since its client tries for half a minute before it gives up."""
-    if urllib.request.getproxies():
-        return True
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
     try:
         return bool(socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None))
     except OSError:
@@ -264,6 +266,18 @@ def _model_class(source: _Source, config: Any, task: type[objectives.Objective] 
     ending = named if task is None else task.auto.removeprefix("AutoModel")
     fitting = [cls for name, cls in own.items() if name.endswith(ending)] if ending else []
     return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: Any) -> None:
+    """Refuse an encoder in the place of a decoder, which transformers loads without a word: it would see the answer."""
+    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
+    first = model.eval()(input_ids=rows).logits[:, 0].float()
+    if (first[0] - first[1]).abs().max() > 1e-3 * first.std():
+        raise GraftError(
+            f"{name} is no decoder: {type(model).__name__} sees the tokens after the one that it should predict; "
+            f"choose another model or another objective"
+        )
 
 
 def _device(name: str | None) -> torch.device:

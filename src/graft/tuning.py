@@ -15,6 +15,7 @@ from .core.errors import GraftError
 from .core.hyper import Range
 from .core.recipe import Recipe
 from .core.statistics import collect
+from .core.targets import resolve
 from .models import Base, load_base
 from .training import Result, fit, objectives, predict
 from .training.batches import Plan
@@ -81,13 +82,15 @@ def tune(
     recipe, stats = Recipe.of(method), None
     if targets is None and recipe.method.targets == "head" and base.heads:
         targets, base.heads = base.heads, []  # the method itself is for heads
-    if needs := recipe.method.asks(recipe.hyper):
+    cls = recipe.method
+    varied = any(callable(value) or isinstance(value, dict) for value in recipe.hyper.values())
+    if needs := cls.needs if varied else cls.asks(recipe.hyper):
         batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-        stats = collect(base.model, batches, needs, targets or recipe.method.targets, loss)
+        paths = {path for path, _ in resolve(base.model, targets or cls.targets, cls.hosts)}
+        stats = collect(base.model, batches, needs, lambda path, module: path in paths, loss)
     heads = base.heads if heads is None else heads
     adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
     result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
-    adapter.task = {"objective": task.name, "config": base.config, "max_length": training.get("max_length")}
     base.max_length = training.get("max_length")
     base.model.eval()
     if place and run:

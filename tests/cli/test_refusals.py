@@ -1,6 +1,10 @@
 """Bad input: one sentence on stderr, nothing on stdout, exit code 2, and nothing left on disk."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +32,7 @@ CASES = {
     "unknown label": ([*GOOD, "--labels", "yes,no"], "none of yes, no"),
     "unknown objective": ([*GOOD, "--objective", "guess"], "no objective is called 'guess'"),
     "objective of other models": ([*GOOD, "--objective", "seq2seq"], "has no model for seq2seq"),
+    "an encoder that should predict the next token": (tune(data="{house}/prompts.jsonl"), "is no decoder"),
     "output exists": (tune(output="{house}/bert"), "exists already"),
     "no output": (GOOD[:4], "output is missing"),
     "nothing to resume": ([*GOOD, "--resume"], "no checkpoint"),
@@ -112,17 +117,14 @@ def test_bad_input_is_one_sentence(graft, places, name, monkeypatch):
     assert sorted(places["tmp"].iterdir()) == before
 
 
-def test_a_model_id_is_looked_for_in_the_cache_when_the_hub_is_out_of_reach(house, tmp_path, monkeypatch, graft):
+def test_a_model_id_is_found_in_the_cache_without_a_network(house, tmp_path):
     """The layout of the cache is the hub client's own."""
-    import shutil
-
     place = tmp_path / "models--somebody--bert"
     shutil.copytree(house / "bert", place / "snapshots" / "abc")
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("graft.models._reachable", lambda: False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
-    shown = graft("show", "somebody/bert", "--json")
-    assert shown.code == 0, shown.err
-    assert json.loads(shown.out)["class"] == "BertModel"
+    program = "import sys; from graft.cli import run; sys.exit(run(['show', 'somebody/bert', '--json']))"
+    away = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=away)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["class"] == "BertModel"

@@ -122,10 +122,10 @@ def _warn(message: Any, category: type, *where: Any, **more: Any) -> None:
 def _sentence(error: Exception, args: Sequence[str]) -> str | None:
     """What to tell the user about an error, or None if it is a bug."""
     if isinstance(error, Refused):
-        if not error.format_message():
+        message, asked = error.format_message().rstrip("."), _asked(args)  # type: ignore
+        if not message:
             return ""  # called without arguments, and helped
-        asked = _asked(args)
-        return f"{error.format_message().rstrip('.')} (graft {f'{asked} ' if asked else ''}--help lists what there is)"
+        return f"{message} (graft {f'{asked} ' if asked else ''}--help lists what there is)"
     if isinstance(error, GraftError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

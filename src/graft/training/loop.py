@@ -160,6 +160,8 @@ def fit(
     eval_every, save_every = eval_every or per_epoch, save_every or per_epoch
     factor, warm = schedule_called(schedule), min(warmup if warmup < 1 else warmup / total, 0.999)
     trained = resumption.trained_adapters(model).values()
+    for adapter in trained:
+        adapter.task = task.task(model)
     heads = [p for a in trained for path, _ in a.heads for p in a.deltas[path].parameters()]
     tuner: Any = optimizers.build(
         optimizer, trainable, learning_rate=learning_rate, weight_decay=weight_decay,

@@ -29,6 +29,7 @@ class Objective(ABC):
     packs    whether several examples may share a row
     generates  whether a prediction is a text, which options of generation shape
     auto       the class of transformers that loads a model for it
+    configured  what it needs to find in the configuration of such a model
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Objective(ABC):
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     auto: ClassVar[str]
+    configured: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -66,6 +68,12 @@ class Objective(ABC):
     def outputs(cls, config: Any, examples: Examples | None, labels: Sequence[str] | None) -> dict[str, Any]:
         """What to change in the configuration of a model, before it is loaded, so that its outputs fit the data."""
         return {}
+
+    def task(self, model: nn.Module) -> dict[str, Any]:
+        """What to know of this objective in order to use the trained model again; saved with adapters, as JSON."""
+        config = getattr(model, "config", None)
+        known = {name: getattr(config, name) for name in self.configured if getattr(config, name, None) is not None}
+        return {"objective": self.name, "config": known, "max_length": self.max_length}
 
     @abstractmethod
     def features(self, examples: Examples) -> Sequence[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Regression(Objective):
     columns = (("text", "label"),)
     auto = "AutoModelForSequenceClassification"
     metrics = {"mse": False, "mae": False, "r2": True, "pearson": True, "loss": False}
+    configured = ("num_labels", "problem_type")
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)

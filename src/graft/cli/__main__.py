@@ -1,0 +1,5 @@
+"""`python -m graft.cli`."""
+
+from . import main
+
+main()
