@@ -63,7 +63,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
     per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
-    peft: Any = None  # how Hugging Face PEFT stores it, see peft.py
+    peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
 
     def __init_subclass__(cls, name: str = "", **kwargs):

@@ -4,6 +4,8 @@ A method says in a table how PEFT stores it; the table is an attribute of its cl
 
     peft = Peft("LORA", {"A": As("lora_A.weight"), ...}, config={"r": "rank", "lora_alpha": "alpha"}, ...)
 
+or a sentence, why there is no exchange although PEFT has a method of that name.
+
 PEFT names a tensor "base_model.model.<path of the module>.<name>", what modules share "base_model.<name>", and heads
 (its `modules_to_save`) like the module's own parameters. What a PEFT folder holds and
 we have not is refused, never left out.
@@ -23,6 +25,7 @@ from .errors import GraftError
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe
 from .site import Site, site_for
+from .targets import resolve
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 UNREAD = "this adapter in PEFT's format cannot be read"
 OWN = "save it in graft's own format"
+PROMPT = "prompt_embeddings"
 HEAD = "copy."  # where the delta of a head keeps its module
 
 # Fields of PEFT's configuration that do not change what a trained adapter computes: where it goes is read off its
@@ -52,14 +56,15 @@ class As:
     name: str
     write: Callable[[Site, Tensor], Tensor] = _same  # ours at the site -> PEFT's
     read: Callable[[Site, Tensor], Tensor] = _same  # PEFT's -> ours
+    optional: bool = False  # whether some sites lack it
 
 
 @dataclass(frozen=True)
 class Peft:
-    """How PEFT stores a method. A subclass may override what a table cannot say."""
+    """How PEFT stores a method. A subclass, in the method's file, overrides what a table cannot say."""
 
     kind: str  # peft_type
-    tensors: dict[str, As]  # our tensor at a site -> PEFT's
+    tensors: dict[str, As] = field(default_factory=dict)  # our tensor at a site -> PEFT's
     config: dict[str, str] = field(default_factory=dict)  # PEFT's field -> our hyperparameter
     embedding: dict[str, As] | None = None  # the tensors at embeddings, where they differ
     shared: dict[str, As] = field(default_factory=dict)  # our shared tensor -> PEFT's
@@ -67,18 +72,81 @@ class Peft:
     defaults: dict[str, Any] = field(default_factory=dict)  # of fields which older versions of PEFT do not write
     fixed: dict[str, Any] = field(default_factory=dict)  # fields which have this one value in our method
     neutral: frozenset[str] = frozenset()  # further fields that do not change what a trained adapter computes
+    own: frozenset[str] = frozenset()  # hyperparameters that a subclass translates, or that only tell how it started
     refuses: Callable[[dict], str | None] = lambda config: None  # why a configuration of PEFT cannot be read, or None
+    hosts: tuple[str, ...] = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding")  # classes, as PEFT has it
+
+    # Writing
+
+    def write(self, adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's configuration and tensors for an adapter."""
+        method, model = adapter.recipe.method, adapter.model
+        heads = [path for path, _ in adapter.heads]
+        own = self.chosen(adapter)
+        tensors = {}
+        for path, delta in own.items():
+            self.check_host(delta.site)
+            for name, value in self.site_out(delta).items():
+                tensors[f"{PREFIX}{path}.{name}"] = value
+        for path in heads:
+            for name, value in adapter.deltas[path].state_dict().items():
+                tensors[f"{PREFIX}{path}.{name.removeprefix(HEAD)}"] = value
+        for name, form in self.shared.items():
+            tensors[f"base_model.{form.name}"] = getattr(adapter.shared, name)
+        modules = base_modules(model)
+        config = {
+            **self.common(adapter, modules),
+            "target_modules": self.targets(modules, list(own)),
+            "modules_to_save": heads or None,
+            **self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
+        }
+        if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
+            config["fan_in_fan_out"] = True
+        if extra := [p for p in modules if _saved_whole(p, heads) and p not in heads]:
+            raise GraftError(f"PEFT would take {extra[0]} for a head too, as its path ends like {heads[0]}'s: {OWN}")
+        return config, tensors
+
+    def common(self, adapter: "Adapter", modules: dict[str, nn.Module]) -> dict[str, Any]:
+        """The fields that every type of PEFT's has."""
+        return {
+            "peft_type": self.kind,
+            "task_type": _task(adapter.model, modules, [path for path, _ in adapter.heads]),
+            "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None),
+            "inference_mode": True,
+        }
+
+    def chosen(self, adapter: "Adapter") -> dict[str, Delta]:
+        """The deltas which PEFT stores, by path."""
+        return {path: d for path, d in adapter.deltas.items() if path not in dict(adapter.heads)}
+
+    def targets(self, modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
+        """What makes PEFT choose exactly `paths`."""
+        return _target_modules(modules, paths)
+
+    def check_host(self, site: Site) -> None:
+        """Refuse a module on which PEFT lacks the method, or computes something else."""
+        cls = getattr(site.module, "host_class", type(site.module))
+        if self.hosts and not any(c.__name__ in self.hosts for c in cls.__mro__):
+            raise GraftError(f"PEFT's {self.kind} cannot adapt {site.path}, a {cls.__name__}: {OWN}")
 
     def at(self, site: Site) -> dict[str, As]:
         """The tensors at one site."""
         return self.embedding if site.kind == "embedding" and self.embedding is not None else self.tensors
 
-    def write_config(self, method: type[Delta], hyper: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """PEFT's fields for the hyperparameters {path: {name: value}}."""
+    def site_out(self, delta: Delta) -> dict[str, Tensor]:
+        """PEFT's tensors at the site of a delta, by name."""
+        table = self.at(delta.site)
+        return {table[name].name: table[name].write(delta.site, v) for name, v in delta.state_dict().items()}
+
+    def write_config(
+        self, method: type[Delta], deltas: dict[str, Delta], hyper: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """PEFT's fields for the hyperparameters {path: {name: value}} of the deltas."""
         config = dict(self.fixed)
         tables = {common: table for table, common in self.patterns.items()}
         for name, known in hyperparameters(method).items():
-            if name not in self.config.values() and any(h[name] != known.default for h in hyper.values()):
+            translated = name in self.own or name in self.config.values()
+            if not translated and any(h[name] != known.default for h in hyper.values()):
                 raise GraftError(f"PEFT's {self.kind} has no counterpart of {method.name}'s {name}: {OWN}")
         for field_name, name in self.config.items():
             values = {path: h[name] for path, h in hyper.items()}
@@ -93,8 +161,73 @@ class Peft:
                 )
         return config
 
-    def read_config(self, method: type[Delta], config: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-        """Our hyperparameters for PEFT's fields."""
+    # Reading
+
+    def read(
+        self, method: type[Delta], model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[Recipe, list[str], list[str], dict[str, Tensor]]:
+        """Recipe, paths of targets and heads, and tensors under our names."""
+        modules = base_modules(model)
+        wanted = config.get("modules_to_save") or []
+        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+            raise GraftError(f"{UNREAD}: modules_to_save must be a list of names, not {wanted!r}")
+        heads = [p for p in modules if _saved_whole(p, wanted)]
+        names = {a.name for a in (*self.tensors.values(), *(self.embedding or {}).values())}
+        shared = {f"base_model.{a.name}": name for name, a in self.shared.items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        state, used_heads = {}, set()
+        for key, value in tensors.items():
+            rest = key.removeprefix(PREFIX)
+            path, name = next(((rest[: -len(n) - 1], n) for n in names if rest.endswith(f".{n}")), (None, ""))
+            head = next((h for h in heads if rest.startswith(f"{h}.")), None)
+            if key in shared:
+                state[f"*:{shared[key]}"] = value
+            elif rest == key:
+                raise GraftError(f"{UNREAD}: its tensor {key} does not start with {PREFIX}")
+            elif path is not None:
+                found.setdefault(path, {})[name] = value
+            elif head is not None:
+                used_heads.add(head)
+                state[f"{head}:{HEAD}{rest.removeprefix(head + '.')}"] = value
+            elif not _is_copy_of_base(model, rest, value):
+                raise GraftError(f"{UNREAD}: {method.name} has no counterpart of its tensor {key}")
+        if missing := [path for path in found if path not in modules]:
+            raise GraftError(f"{UNREAD}: the model has no module {missing[0]}, is this the right base?")
+        if not found:
+            raise GraftError(f"{UNREAD}: it holds no tensor of {method.name}")
+        sites = {path: site_for(path, modules[path], method.hosts) for path in found}
+        hyper = self.read_config(method, config, sites, found)
+        for path, site in sites.items():
+            for name, value in self.site_in(site, found[path], config).items():
+                state[f"{path}:{name}"] = value
+        state |= self.shared_in(config, sites, state)
+        return Recipe(method, hyper), list(sites), [h for h in heads if h in used_heads], state
+
+    def site_in(self, site: Site, found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+        """Our tensors at a site for PEFT's."""
+        where = f"{site.path}, a {type(site.module).__name__}"
+        left, state = dict(found), {}
+        for ours, form in self.at(site).items():
+            if form.name in left:
+                state[ours] = form.read(site, left.pop(form.name))
+            elif not form.optional:
+                raise GraftError(f"{UNREAD}: it lacks {form.name} of {where}")
+        if left:
+            raise GraftError(f"{UNREAD}: {next(iter(left))} has no place at {where}")
+        return state
+
+    def shared_in(self, config: dict[str, Any], sites: dict[str, Site], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors that sites share, where PEFT's files need not hold them."""
+        return {}
+
+    def read_config(
+        self,
+        method: type[Delta],
+        config: dict[str, Any],
+        sites: dict[str, Site],
+        found: dict[str, dict[str, Tensor]],
+    ) -> dict[str, Any]:
+        """Our hyperparameters for PEFT's fields; `found` are PEFT's tensors at the sites."""
         if reason := self.refuses(config):
             raise GraftError(f"{UNREAD}: {reason}")
         known = NEUTRAL | self.neutral | {*self.config, *self.patterns, *self.fixed}
@@ -109,8 +242,45 @@ class Peft:
         for table, common in self.patterns.items():
             if patterns := config.get(table):
                 name = self.config[common]
-                hyper[name] = ByPath({path: _fitting(table, patterns, path, hyper[name]) for path in paths})
+                hyper[name] = ByPath({path: _fitting(table, patterns, path, hyper[name]) for path in sites})
         return hyper
+
+
+class PromptPeft(Peft):
+    """How PEFT stores prompts: all vectors in one tensor, without a module's path."""
+
+    def write(self, adapter):
+        if adapter.heads:
+            raise GraftError(f"PEFT's {self.kind} stores no heads: {OWN}")
+        common = self.common(adapter, base_modules(adapter.model))
+        if common["task_type"] is None:
+            raise GraftError(f"PEFT has prompts for language models only, not {type(adapter.model).__name__}: {OWN}")
+        value = self.embeddings(adapter).contiguous()
+        hyper = {path: adapter.recipe.at(d.site) for path, d in adapter.deltas.items()}
+        config = common | self.write_config(adapter.recipe.method, adapter.deltas, hyper)
+        return config, {PROMPT: value}
+
+    def read(self, method, model, config, tensors):
+        if tensors.keys() != {PROMPT}:
+            raise GraftError(
+                f"{UNREAD}: a {self.kind} adapter holds the tensor {PROMPT} alone, not {', '.join(tensors)}"
+            )
+        picked = resolve(model, method.targets, method.hosts)
+        places = dict(place for path, module in picked for place in method.places(model, path, module))
+        sites = {path: site_for(path, module, method.hosts) for path, module in places.items()}
+        sites = {path: site for path, site in sites.items() if not method.refuses(site)}
+        hyper = self.read_config(method, config, sites, {})
+        return Recipe(method, hyper), list(sites), [], self.from_embeddings(model, sites, tensors[PROMPT], config)
+
+    def embeddings(self, adapter: "Adapter") -> Tensor:
+        """PEFT's tensor for the adapter."""
+        raise NotImplementedError
+
+    def from_embeddings(
+        self, model: nn.Module, sites: dict[str, Site], value: Tensor, config: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Our tensors for PEFT's."""
+        raise NotImplementedError
 
 
 def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
@@ -128,37 +298,11 @@ def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
 
 def write(adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of an adapter in PEFT's format."""
-    cls, model = adapter.recipe.method, adapter.model
-    if cls.peft is None:
-        raise GraftError(f"PEFT has no format for {cls.name}: {OWN}")
-    heads = [path for path, _ in adapter.heads]
-    own = {path: d for path, d in adapter.deltas.items() if path not in heads}
-    tensors = {}
-    for path, delta in own.items():
-        table = cls.peft.at(delta.site)
-        for name, value in delta.state_dict().items():
-            tensors[f"{PREFIX}{path}.{table[name].name}"] = table[name].write(delta.site, value)
-    for path in heads:
-        for name, value in adapter.deltas[path].state_dict().items():
-            tensors[f"{PREFIX}{path}.{name.removeprefix(HEAD)}"] = value
-    if adapter.shared is not None:
-        for name, value in adapter.shared.state_dict().items():
-            tensors[f"base_model.{cls.peft.shared[name].name}"] = value
-    modules = base_modules(model)
-    config = {
-        "peft_type": cls.peft.kind,
-        "task_type": _task(model, modules, heads),
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
-        "inference_mode": True,
-        "target_modules": _target_modules(modules, list(own)),
-        "modules_to_save": heads or None,
-        **cls.peft.write_config(cls, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
-    }
-    if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
-        config["fan_in_fan_out"] = True
-    if extra := [p for p in modules if _saved_whole(p, heads) and p not in heads]:
-        raise GraftError(f"PEFT would take {extra[0]} for a head too, as its path ends like {heads[0]}'s: {OWN}")
-    return config, tensors
+    cls = adapter.recipe.method
+    if not isinstance(cls.peft, Peft):
+        raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
+    config, tensors = cls.peft.write(adapter)
+    return config, {key: value.detach() for key, value in tensors.items()}
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -205,58 +349,31 @@ def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> 
 
 def read(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]):
     """Recipe, paths of targets and heads, and tensors under our names, of an adapter in PEFT's format."""
-    cls = _method(config)
-    modules = base_modules(model)
-    wanted = config.get("modules_to_save") or []
-    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
-        raise GraftError(f"{UNREAD}: modules_to_save must be a list of names, not {wanted!r}")
-    heads = [p for p in modules if _saved_whole(p, wanted)]
-    names = {a.name for a in (*cls.peft.tensors.values(), *(cls.peft.embedding or {}).values())}
-    shared = {f"base_model.{a.name}": (name, a) for name, a in cls.peft.shared.items()}
-    at_sites: dict[str, dict[str, Tensor]] = {}
-    state, used_heads = {}, set()
-    for key, value in tensors.items():
-        rest = key.removeprefix(PREFIX)
-        path, name = next(((rest[: -len(n) - 1], n) for n in names if rest.endswith(f".{n}")), (None, ""))
-        head = next((h for h in heads if rest.startswith(f"{h}.")), None)
-        if key in shared:
-            state[f"*:{shared[key][0]}"] = value
-        elif rest == key:
-            raise GraftError(f"{UNREAD}: its tensor {key} does not start with {PREFIX}")
-        elif path is not None:
-            at_sites.setdefault(path, {})[name] = value
-        elif head is not None:
-            used_heads.add(head)
-            state[f"{head}:{HEAD}{rest.removeprefix(head + '.')}"] = value
-        elif not _is_copy_of_base(model, rest, value):
-            raise GraftError(f"{UNREAD}: {cls.name} has no counterpart of its tensor {key}")
-    for path, found in at_sites.items():
-        if path not in modules:
-            raise GraftError(f"{UNREAD}: the model has no module {path}, is this the right base?")
-        site = site_for(path, modules[path], cls.hosts)
-        for ours, form in cls.peft.at(site).items():
-            if form.name not in found:
-                raise GraftError(f"{UNREAD}: it lacks {form.name} of {path}, a {type(modules[path]).__name__}")
-            state[f"{path}:{ours}"] = form.read(site, found.pop(form.name))
-        if found:
-            raise GraftError(f"{UNREAD}: {next(iter(found))} has no place at {path}, a {type(modules[path]).__name__}")
-    recipe = Recipe(cls, cls.peft.read_config(cls, config, at_sites))
-    return recipe, list(at_sites), [h for h in heads if h in used_heads], state
+    try:
+        cls = _method(config)
+        return cls.peft.read(cls, model, config, tensors)
+    except GraftError:
+        raise
+    except Exception as error:  # values and shapes which PEFT never writes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GraftError(f"{UNREAD}: {reason}") from error
 
 
 def _method(config: dict[str, Any]) -> type[Delta]:
-    """The method for a configuration; several of ours may be one type of PEFT's, told apart by their fixed fields."""
+    """The method for a configuration; several of ours may be one type of PEFT's, told apart by what they refuse."""
     from .. import methods
 
     methods.load()
     kind = config["peft_type"]
-    fitting = [cls for cls in METHODS.values() if cls.peft is not None and cls.peft.kind == kind]
+    known = [cls for cls in METHODS.values() if isinstance(cls.peft, Peft)]
+    fitting = [cls for cls in known if cls.peft.kind == kind]
     if not fitting:
-        known = sorted({cls.peft.kind for cls in METHODS.values() if cls.peft is not None})
-        raise GraftError(f"{UNREAD}: no method here is PEFT's {kind!r}; there are {', '.join(known)}")
+        kinds = ", ".join(sorted({cls.peft.kind for cls in known}))
+        raise GraftError(f"{UNREAD}: no method here is PEFT's {kind!r}; there are {kinds}")
 
     def strange(cls):
-        return sum(config.get(name, value) != value for name, value in cls.peft.fixed.items())
+        wrong = sum(config.get(name, value) != value for name, value in cls.peft.fixed.items())
+        return wrong + (cls.peft.refuses(config) is not None)
 
     return min(fitting, key=strange)
 
@@ -285,6 +402,13 @@ def to_point_kernel(site: Site, value: Tensor) -> Tensor:
 def to_matrix(site: Site, value: Tensor) -> Tensor:
     """The matrix of a convolution's kernel."""
     return value.flatten(1) if site.kind == "conv" and _kernel(site) else value
+
+
+def zero_padded(site: Site, value: Tensor) -> Tensor:
+    """The value itself: PEFT's own convolution pads with zeros, whatever the host does."""
+    if site.kind == "conv" and site.module.padding_mode != "zeros":
+        raise GraftError(f"PEFT computes something else at {site.path}, a convolution with a padding mode: {OWN}")
+    return value
 
 
 def _kernel(site: Site) -> tuple[int, ...]:

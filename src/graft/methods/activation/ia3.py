@@ -7,6 +7,31 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.peft import As, Peft
+from ...core.recipe import ByPath
+
+
+class _IA3Peft(Peft):
+    """PEFT names the modules whose inputs are scaled, and keeps l as a row for them, as a column for the others."""
+
+    def site_out(self, delta):
+        if delta.site.kind == "conv":
+            return {"ia3_l": delta.l.view(1, -1, *[1] * (delta.site.module.weight.dim() - 2))}
+        return {"ia3_l": delta.l[None] if delta.on == "input" else delta.l[:, None]}
+
+    def write_config(self, method, deltas, hyper):
+        inputs = [re.escape(path) for path, d in deltas.items() if d.on == "input"]
+        return super().write_config(method, deltas, hyper) | {"feedforward_modules": "|".join(inputs) or []}
+
+    def read_config(self, method, config, sites, found):
+        names = config.get("feedforward_modules") or []
+
+        def on_input(path):
+            return re.fullmatch(names, path) if isinstance(names, str) else path.endswith(tuple(names))
+
+        sides = {path: "input" if on_input(path) else "output" for path in sites}
+        return super().read_config(method, config, sites, found) | {"on": ByPath(sides)}
+
 
 _ATTENTION = re.compile(r"(.*\.)?([qkvo]|qkv|query|key|value|out)(_proj)?")  # narrow with few key heads
 
@@ -27,6 +52,13 @@ class IA3(Delta, name="ia3"):
         ),
     )
     hosts = ("linear", "conv")
+    peft = _IA3Peft(
+        "IA3",
+        {"l": As("ia3_l", read=lambda site, value: value.flatten())},
+        neutral=frozenset({"feedforward_modules", "init_ia3_weights"}),
+        own=frozenset({"on"}),
+        hosts=("Linear", "Conv1D", "Conv2d", "Conv3d"),
+    )
     targets = (
         r"(k|v|key|value)(_proj)?|kv_proj|c_attn|(w|W)?qkv(_proj)?|query_key_value|"
         r"down_proj|dense_4h_to_h|fc2|fc_out|w2|wo|mlp\.c_proj|(?<!attention\.)output\.dense"

@@ -8,7 +8,55 @@ from torch import nn
 
 from ...core.attention import Attention
 from ...core.delta import Paper
+from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import OWN, As, Peft
+
+
+class _AdaptionPromptPeft(Peft):
+    """PEFT has one gate for all heads of a module, and no tanh around it."""
+
+    def chosen(self, adapter):
+        return {path: d for path, d in super().chosen(adapter).items() if d.on}
+
+    def targets(self, modules, paths):
+        name = paths[-1].rpartition(".")[2]
+        if [p for p in modules if p.endswith(f".{name}")][-len(paths) :] != paths:
+            raise GraftError(
+                f"PEFT's ADAPTION_PROMPT adapts the last modules called {name}, this adapter others: {OWN}"
+            )
+        return name
+
+    def check_host(self, site):
+        kind, out = getattr(site.base_config, "model_type", ""), getattr(site.module, "o_proj", None)
+        if kind not in ("llama", "mistral"):
+            raise GraftError(
+                f"PEFT's ADAPTION_PROMPT computes the same on Llama and Mistral only, not on {kind!r}: {OWN}"
+            )
+        if out is None or out.bias is not None:
+            raise GraftError(f"PEFT's ADAPTION_PROMPT adds the bias of {site.path}.o_proj twice: {OWN}")
+
+    def site_out(self, delta):
+        gate = delta.gate.tanh()
+        if (gate != gate[0]).any():
+            raise GraftError(
+                f"PEFT has one gate for all heads of {delta.site.path}, this adapter different ones: {OWN}"
+            )
+        return {"adaption_prompt": delta.prompt[None], "adaption_gate": gate[:1]}
+
+    def site_in(self, site, found, config):
+        self.check_host(site)
+        state = super().site_in(site, found, config)
+        if not (state["gate"].abs() < 1).all():
+            raise GraftError(f"the gate of {site.path} is {state['gate'].item():g}: tanh reaches values below 1 only")
+        gate = state["gate"].double().atanh().to(state["gate"].dtype)
+        return {"prompt": state["prompt"], "gate": gate.repeat(site.base_config.num_attention_heads)}
+
+    def write_config(self, method, deltas, hyper):
+        return super().write_config(method, deltas, hyper) | {"adapter_layers": len(deltas)}
+
+    def read_config(self, method, config, sites, found):
+        return super().read_config(method, config, sites, found) | {"layers": len(sites)}
 
 
 class LlamaAdapter(Attention, name="llama_adapter"):
@@ -27,6 +75,13 @@ class LlamaAdapter(Attention, name="llama_adapter"):
         ),
     )
     small = dict(length=3)
+    peft = _AdaptionPromptPeft(
+        "ADAPTION_PROMPT",
+        {"prompt": As("adaption_prompt", read=lambda site, value: value[0]), "gate": As("adaption_gate")},
+        config={"adapter_len": "length"},
+        neutral=frozenset({"adapter_layers"}),
+        own=frozenset({"layers"}),
+    )
 
     def __init__(
         self,

@@ -7,7 +7,16 @@ from torch import nn
 
 from ...core.delta import Paper
 from ...core.hyper import Range
+from ...core.peft import PromptPeft
 from ...core.prompt import Prompt
+
+
+class _PromptTuningPeft(PromptPeft):
+    def embeddings(self, adapter):
+        return next(iter(adapter.deltas.values())).embedding
+
+    def from_embeddings(self, model, sites, value, config):
+        return {f"{next(iter(sites))}:embedding": value}
 
 
 class PromptTuning(Prompt, name="prompt_tuning"):
@@ -31,6 +40,23 @@ class PromptTuning(Prompt, name="prompt_tuning"):
         ),
     )
     small = dict(length=3)
+    peft = _PromptTuningPeft(
+        "PROMPT_TUNING",
+        config={"num_virtual_tokens": "length"},
+        fixed={"num_transformer_submodules": 1},
+        neutral=frozenset(
+            {
+                "token_dim",
+                "num_attention_heads",
+                "num_layers",
+                "prompt_tuning_init",
+                "prompt_tuning_init_text",
+                "tokenizer_name_or_path",
+                "tokenizer_kwargs",
+            }
+        ),
+        own=frozenset({"init", "tokens"}),
+    )
 
     def __init__(
         self,

@@ -4,6 +4,15 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.peft import As, Peft
+
+
+def _whole(name: str) -> As:
+    """PEFT trains a copy of the module, so that its tensor is the module's own with ours added."""
+    at = f"ln_tuning_layers.{name}"
+    add = lambda site, value: getattr(site.module, name).detach().to(value) + value
+    take = lambda site, value: value - getattr(site.module, name).detach().to(value)
+    return As(at, add, take, optional=name == "bias")
 
 
 class LNTuning(Delta, name="ln_tuning"):
@@ -22,6 +31,7 @@ class LNTuning(Delta, name="ln_tuning"):
     )
     hosts = ("norm",)
     targets = "norms"
+    peft = Peft("LN_TUNING", {"c": _whole("weight"), "d": _whole("bias")}, hosts=())
 
     def __init__(self, site):
         super().__init__(site)

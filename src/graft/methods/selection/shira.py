@@ -7,6 +7,36 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import OWN, As, Peft
+from ...core.recipe import ByPath
+
+
+class _ShiraPeft(Peft):
+    """PEFT keeps rows and columns, and r (in + out) entries of each matrix."""
+
+    def site_out(self, delta):
+        rows, columns = delta.index // delta.site.d_in, delta.index % delta.site.d_in
+        return {"shira_weight": delta.value, "shira_indices": torch.stack([rows, columns]).int()}
+
+    def site_in(self, site, found, config):
+        state = super().site_in(site, found, config)
+        rows, columns = state["index"].long()
+        return {"value": state["value"], "index": rows * site.d_in + columns}
+
+    def write_config(self, method, deltas, hyper):
+        ranks = {len(d.value) / (d.site.d_in + d.site.d_out) for d in deltas.values()}
+        if len(ranks) > 1 or any(rank % 1 for rank in ranks):
+            raise GraftError(
+                f"PEFT's SHiRA trains r (in + out) entries of each matrix with one whole r, which the density of this "
+                f"adapter does not give: {OWN}"
+            )
+        return super().write_config(method, deltas, hyper) | {"r": int(ranks.pop()), "mask_type": "random"}
+
+    def read_config(self, method, config, sites, found):
+        hyper = super().read_config(method, config, sites, found)
+        counts = {path: found[path]["shira_weight"].numel() for path in sites if "shira_weight" in found[path]}
+        shares = {path: count / (sites[path].d_in * sites[path].d_out) for path, count in counts.items()}
+        return hyper | {"density": ByPath(shares)}
 
 
 class SHiRA(Delta, name="shira"):
@@ -24,6 +54,13 @@ class SHiRA(Delta, name="shira"):
     papers = (Paper("Sparse High Rank Adapters", "Bhardwaj et al.", 2024, "https://arxiv.org/abs/2406.13175"),)
     needs = ("weight_grad",)
     small = dict(density=0.2)
+    peft = _ShiraPeft(
+        "SHIRA",
+        {"value": As("shira_weight"), "index": As("shira_indices")},
+        neutral=frozenset({"r", "mask_type", "random_seed", "init_weights"}),
+        own=frozenset({"density", "mask"}),
+        hosts=("Linear",),
+    )
     index: Tensor
 
     @classmethod

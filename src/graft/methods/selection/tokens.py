@@ -7,6 +7,52 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.peft import OWN, As, Peft, base_modules
+
+
+class _TokensPeft(Peft):
+    """PEFT keeps rows in the order of `token_indices`, and those of a tied head only with the embedding's."""
+
+    def chosen(self, adapter):
+        own = super().chosen(adapter)
+        tables = {id(d.site.module.weight): path for path, d in own.items() if d.site.kind == "embedding"}
+        for path, module in base_modules(adapter.model).items():
+            if table := tables.get(id(getattr(module, "weight", None))):
+                if path not in own:
+                    raise GraftError(
+                        f"PEFT trains the rows of {path} with those of {table}, which it is tied to: {OWN}"
+                    )
+                if path != table:
+                    del own[path]
+        if biased := [p for p, d in own.items() if d.site.kind == "linear" and d.site.bias is not None]:
+            raise GraftError(f"PEFT leaves out the bias of {biased[0]}: {OWN}")
+        return own
+
+    def write_config(self, method, deltas, hyper):
+        ids = {tuple(d.index.tolist()) for d in deltas.values()}
+        if len(ids) > 1:
+            raise GraftError(
+                f"PEFT's TRAINABLE_TOKENS has one token_indices for all modules, this adapter several: {OWN}"
+            )
+        return super().write_config(method, deltas, hyper) | {"token_indices": list(ids.pop())}
+
+    def read_config(self, method, config, sites, found):
+        return super().read_config(method, config, sites, found) | {"tokens": tuple(config.get("token_indices") or ())}
+
+    def site_in(self, site, found, config):
+        order = torch.tensor(config["token_indices"]).argsort()
+        rows = super().site_in(site, found, config)["rows"]
+        return {"rows": rows[order] if len(rows) == len(order) else rows}
+
+    def read(self, method, model, config, tensors):
+        recipe, paths, heads, state = super().read(method, model, config, tensors)
+        modules = base_modules(model)
+        for path in list(paths):
+            for other, module in modules.items():
+                if other not in paths and getattr(module, "weight", None) is modules[path].weight:
+                    paths.append(other)
+                    state[f"{other}:rows"] = state[f"{path}:rows"]
+        return recipe, paths, heads, state
 
 
 class Tokens(Delta, name="tokens"):
@@ -27,6 +73,13 @@ class Tokens(Delta, name="tokens"):
     hosts = ("embedding", "linear")
     targets = "tokens"
     small = dict(tokens=(1, 3, 6))
+    peft = _TokensPeft(
+        "TRAINABLE_TOKENS",
+        {"rows": As("trainable_tokens_delta")},
+        neutral=frozenset({"token_indices", "init_weights"}),
+        own=frozenset({"tokens"}),
+        hosts=("Embedding", "Linear"),
+    )
     index: Tensor
 
     def __init__(self, site, shared, *, tokens: Annotated[tuple[int, ...], "ids of the tokens to train"]):

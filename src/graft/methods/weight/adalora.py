@@ -9,6 +9,52 @@ from torch import nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import As, Peft, zero_padded
+
+_STEPS = 10**6  # as which PEFT gets the length of training: here phases are shares of it
+
+
+class _AdaPeft(Peft):
+    """PEFT divides by rank + 1e-5, keeps what was left out as zeros of e, or only the kept triplets and their places
+    (`rank_pattern`), and does not save the averages of the importance."""
+
+    def site_out(self, delta):
+        rank, left = len(delta.e), delta.e * delta.keep
+        return {
+            "lora_A": zero_padded(delta.site, delta.Q),
+            "lora_B": delta.P,
+            "lora_E": (left * ((rank + 1e-5) / rank))[:, None],
+        }
+
+    def site_in(self, site, found, config):
+        site_state = super().site_in(site, found, config)
+        rank, pattern = config["init_r"], config.get("rank_pattern") or {}
+        kept = torch.tensor(pattern.get(f"{site.path}.lora_E", [True] * rank), dtype=torch.bool)
+        P, Q, e = (zero_padded(site, site_state[name]) for name in ("P", "Q", "e"))
+        if len(kept) != rank or not kept.sum() == len(e) == len(Q) == P.shape[1]:
+            raise GraftError(f"adalora: rank_pattern and tensors of {site.path} do not fit each other")
+        state = {
+            "P": P.new_zeros(len(P), rank).index_copy(1, kept.nonzero().flatten(), P),
+            "Q": Q.new_zeros(rank, Q.shape[1]).index_copy(0, kept.nonzero().flatten(), Q),
+            "e": e.new_zeros(rank).index_copy(0, kept.nonzero().flatten(), e.flatten() * (rank / (rank + 1e-5))),
+            "keep": kept.to(e.dtype),
+        }
+        for name in ("P", "Q", "e"):
+            state |= {f"{kind}_{name}": torch.zeros_like(state[name]) for kind in ("sensitivity", "uncertainty")}
+        return state
+
+    def write_config(self, method, deltas, hyper):
+        config = super().write_config(method, deltas, hyper)
+        one = next(iter(hyper.values()))
+        steps = {field: round(one[name] * _STEPS) for field, name in (("tinit", "warmup"), ("tfinal", "cooldown"))}
+        return config | steps | {"total_step": _STEPS}
+
+    def read_config(self, method, config, sites, found):
+        hyper = super().read_config(method, config, sites, found)
+        total = config.get("total_step")
+        if total:
+            hyper |= {"warmup": config.get("tinit", 0) / total, "cooldown": config.get("tfinal", 0) / total}
+        return hyper
 
 
 class AdaLoRA(Delta, name="adalora"):
@@ -40,6 +86,39 @@ class AdaLoRA(Delta, name="adalora"):
         ),
     )
     small = dict(rank=3, target_rank=2)
+    peft = _AdaPeft(
+        "ADALORA",
+        {"P": As("lora_B"), "Q": As("lora_A"), "e": As("lora_E")},
+        config={
+            "init_r": "rank",
+            "target_r": "target_rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orth_reg_weight": "gamma",
+        },
+        fixed={"bias": "none"},
+        neutral=frozenset(
+            {
+                "r",
+                "rank_pattern",
+                "total_step",
+                "tinit",
+                "tfinal",
+                "deltaT",
+                "init_lora_weights",
+                "loftq_config",
+                "eva_config",
+                "corda_config",
+                "megatron_core",
+                "qalora_group_size",
+            }
+        ),
+        own=frozenset({"warmup", "cooldown"}),
+        refuses=lambda config: "its lora_alpha is not above zero" if config.get("lora_alpha", 8) <= 0 else None,
+        hosts=("Linear", "Conv1D", "Conv2d"),
+    )
 
     keep: torch.Tensor
 

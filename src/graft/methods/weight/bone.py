@@ -8,6 +8,7 @@ from torch import nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import As, Peft
 
 
 class Bone(Delta, name="bone"):
@@ -24,6 +25,14 @@ class Bone(Delta, name="bone"):
     )
     hosts = ("linear", "conv")
     small = dict(block=4)
+    peft = Peft(
+        "MISS",
+        {"D": As("miss_block")},
+        config={"r": "block"},
+        fixed={"bias": "none", "init_weights": "bat"},
+        neutral=frozenset({"miss_dropout", "mini_r"}),
+        hosts=("Linear",),
+    )
 
     def __init__(self, site, *, block: Annotated[int, "side of the square blocks of W", Range(1)] = 32):
         super().__init__(site)

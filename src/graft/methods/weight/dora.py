@@ -1,5 +1,6 @@
 """DoRA: Weight-Decomposed Low-Rank Adaptation. Liu et al., 2024."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -7,7 +8,16 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import As
 from .lora import LoRA
+
+
+def _per_channel(site, m):
+    """Along the channels of a convolution's output."""
+    return m.view(1, -1, *[1] * (site.module.weight.dim() - 2)) if site.kind == "conv" else m
+
+
+_M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
 
 
 class DoRA(Delta, name="dora"):
@@ -26,6 +36,12 @@ class DoRA(Delta, name="dora"):
         Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
     )
     small = dict(rank=2)
+    peft = replace(
+        LoRA.peft,
+        tensors={f"low.{name}": form for name, form in LoRA.peft.tensors.items()} | {"m": _M},
+        embedding={f"low.{name}": form for name, form in LoRA.peft.embedding.items()} | {"m": _M},
+        fixed={"bias": "none", "use_dora": True},
+    )
 
     def __init__(
         self,

@@ -9,6 +9,21 @@ from torch import nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import OWN, As, Peft
+
+
+def _square(site, U):
+    """U itself: of a convolution's settings PEFT follows one stride and one padding."""
+    host = site.module
+    if site.kind == "conv" and (
+        host.groups > 1 or host.dilation != (1, 1) or host.padding_mode != "zeros" or isinstance(host.padding, str)
+        or any(len({*sizes}) > 1 for sizes in (host.kernel_size, host.stride, host.padding))
+    ):  # fmt: skip
+        raise GraftError(
+            f"PEFT's HRA computes something else at {site.path}, a convolution with groups, dilation, a padding mode "
+            f"or different sizes per axis: {OWN}"
+        )
+    return U
 
 
 class HRA(Delta, name="hra"):
@@ -36,6 +51,14 @@ class HRA(Delta, name="hra"):
     )
     hosts = ("linear", "conv")
     small = dict(rank=2)
+    peft = Peft(
+        "HRA",
+        {"U": As("hra_u", _square, _square)},
+        config={"r": "rank"},
+        fixed={"bias": "none", "apply_GS": False},
+        neutral=frozenset({"init_weights"}),
+        hosts=("Linear", "Conv2d"),
+    )
 
     def __init__(self, site, *, rank: Annotated[int, "number of reflections, an even one", Range(2)] = 8):
         super().__init__(site)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import As, Peft, zero_padded
 
 
 class LoHa(Delta, name="loha"):
@@ -36,6 +37,19 @@ class LoHa(Delta, name="loha"):
         ),
     )
     small = dict(rank=2)
+    peft = Peft(
+        "LOHA",
+        {
+            "B1": As("hada_w1_a", zero_padded, zero_padded),
+            "A1": As("hada_w1_b"),
+            "B2": As("hada_w2_a"),
+            "A2": As("hada_w2_b"),
+        },
+        config={"r": "rank", "alpha": "alpha"},
+        patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
+        neutral=frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}),
+        hosts=("Linear", "Conv1d", "Conv2d"),
+    )
 
     def __init__(
         self,

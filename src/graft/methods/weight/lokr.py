@@ -8,6 +8,17 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import As, Peft, zero_padded
+
+
+def _with_kernel(site, W2):
+    """[b, d, kernel ...] of a convolution for [b, d * kernel]."""
+    W2 = zero_padded(site, W2)
+    return W2.reshape(len(W2), -1, *site.module.kernel_size) if site.kind == "conv" else W2
+
+
+def _flat(site, value):
+    return zero_padded(site, value).flatten(1)
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -40,6 +51,23 @@ class LoKr(Delta, name="lokr"):
         ),
     )
     small = dict(rank=1)
+    peft = Peft(
+        "LOKR",
+        {
+            "W1": As("lokr_w1", optional=True),
+            "B1": As("lokr_w1_a", optional=True),
+            "A1": As("lokr_w1_b", optional=True),
+            "W2": As("lokr_w2", _with_kernel, _flat, optional=True),
+            "B2": As("lokr_w2_a", zero_padded, zero_padded, optional=True),
+            "A2": As("lokr_w2_b", optional=True),
+        },
+        config={"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both", "decompose_factor": "factor"},
+        patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
+        neutral=frozenset(
+            {"rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "init_weights"}
+        ),
+        hosts=("Linear", "Conv1d", "Conv2d"),
+    )
 
     def __init__(
         self,

@@ -8,6 +8,18 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from ...core.peft import As, Peft
+
+
+class _MissPeft(Peft):
+    """PEFT's init_weights="mini" keeps a shard [rank, mini_r], which stands side by side in D."""
+
+    def write_config(self, method, deltas, hyper):
+        return super().write_config(method, deltas, hyper) | {"init_weights": True}
+
+    def site_in(self, site, found, config):
+        D = super().site_in(site, found, config)["D"]
+        return {"D": D.repeat(1, site.d_out // D.shape[1]) if config.get("init_weights") == "mini" else D}
 
 
 class MiSS(Delta, name="miss"):
@@ -27,6 +39,15 @@ class MiSS(Delta, name="miss"):
     )
     hosts = ("linear",)
     small = dict(rank=3)
+    peft = _MissPeft(
+        "MISS",
+        {"D": As("miss_block")},
+        config={"r": "rank", "miss_dropout": "dropout"},
+        fixed={"bias": "none"},
+        neutral=frozenset({"init_weights", "mini_r"}),
+        refuses=lambda config: "it is Bone" if config.get("init_weights") == "bat" else None,
+        hosts=("Linear",),
+    )
 
     def __init__(
         self,

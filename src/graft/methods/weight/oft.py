@@ -8,6 +8,42 @@ from torch import Tensor, nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import OWN, As, Peft
+from ...core.recipe import ByPath
+
+
+class _OFTPeft(Peft):
+    """PEFT's exact transform is that of -Q; its series of n terms is ours of n - 2, of 3 the same as of 4."""
+
+    def site_out(self, delta):
+        return {"oft_R.weight": delta.triangles if delta.terms else -delta.triangles}
+
+    def site_in(self, site, found, config):
+        state = super().site_in(site, found, config)
+        return state if config.get("use_cayley_neumann", False) else {"triangles": -state["triangles"]}
+
+    def write_config(self, method, deltas, hyper):
+        terms = {h["terms"] for h in hyper.values()}
+        if len(terms) > 1 or 1 in terms:
+            raise GraftError(f"PEFT's OFT has one number of terms for all modules, and not one alone: {OWN}")
+        (count,) = terms
+        series = {"num_cayley_neumann_terms": count + 2} if count else {}
+        return super().write_config(method, deltas, hyper) | {"use_cayley_neumann": bool(count), "r": 0} | series
+
+    def read_config(self, method, config, sites, found):
+        hyper = super().read_config(method, config, sites, found)
+        # PEFT is told the side or the number of the blocks, and changes it where it does not divide the inputs.
+        rows = {path: found[path]["oft_R.weight"].shape[0] for path in sites if "oft_R.weight" in found[path]}
+        hyper["block"] = ByPath({path: sites[path].d_in // max(1, n) for path, n in rows.items()})
+        if config.get("use_cayley_neumann", False):
+            hyper["terms"] = max(config.get("num_cayley_neumann_terms", 5) - 2, 2)
+        return hyper
+
+
+def _short_series(config: dict) -> str | None:
+    if config.get("use_cayley_neumann", False) and config.get("num_cayley_neumann_terms", 5) < 3:
+        return "a series of fewer than 3 terms has no counterpart"
+    return None
 
 
 class OFT(Delta, name="oft"):
@@ -30,6 +66,18 @@ class OFT(Delta, name="oft"):
     )
     hosts = ("linear", "conv")
     small = dict(block=4)
+    peft = _OFTPeft(
+        "OFT",
+        {"triangles": As("oft_R.weight")},
+        config={"oft_block_size": "block"},
+        fixed={"bias": "none", "coft": False, "block_share": False},
+        neutral=frozenset(
+            {"r", "eps", "module_dropout", "init_weights", "use_cayley_neumann", "num_cayley_neumann_terms"}
+        ),
+        own=frozenset({"terms"}),
+        refuses=_short_series,
+        hosts=("Linear",),
+    )
     upper: Tensor
 
     def __init__(

@@ -1,5 +1,6 @@
 """VeRA: Vector-based Random Matrix Adaptation. Kopiczko et al., 2023."""
 
+import math
 from typing import Annotated
 
 import torch
@@ -9,6 +10,30 @@ from torch import nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from ...core.peft import As, Peft
+
+
+class _VeraPeft(Peft):
+    """PEFT draws A and B again from `projection_prng_key` where they are not saved; here they are kept then."""
+
+    def write_config(self, method, deltas, hyper):
+        return super().write_config(method, deltas, hyper) | {"save_projection": True}
+
+    def read_config(self, method, config, sites, found):
+        return super().read_config(method, config, sites, found) | {"save_projection": True}
+
+    def shared_in(self, config, sites, state):
+        if "*:A" in state or config.get("save_projection", True):
+            return {}
+        rank, generator = config["r"], torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
+        made = {}
+        for name, rows, columns in (
+            ("*:A", rank, max(s.d_in for s in sites.values())),
+            ("*:B", max(s.d_out for s in sites.values()), rank),
+        ):
+            bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(columns))  # in this order: the last bit counts
+            made[name] = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+        return made
 
 
 class VeRA(Delta, name="vera"):
@@ -28,6 +53,16 @@ class VeRA(Delta, name="vera"):
         ),
     )
     small = dict(rank=6)
+    peft = _VeraPeft(
+        "VERA",
+        {"d": As("vera_lambda_d"), "b": As("vera_lambda_b")},
+        shared={"A": As("vera_A"), "B": As("vera_B")},
+        config={"r": "rank", "d_initial": "d_init", "vera_dropout": "dropout"},
+        fixed={"bias": "none"},
+        neutral=frozenset({"save_projection", "projection_prng_key", "init_weights"}),
+        own=frozenset({"save_projection"}),
+        hosts=("Linear", "Conv1D"),
+    )
 
     @classmethod
     def share(cls, sites, *, rank, save_projection, **_):
