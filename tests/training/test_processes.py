@@ -14,7 +14,7 @@ def test_two_processes_come_to_the_parameters_of_one(tmp_path):
     states = []
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         path = os.pathsep.join(sys.path)
         environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         out = subprocess.run(
