@@ -14,10 +14,9 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import accelerate
 import safetensors.torch
+import small
 import torch
 
 import graft
@@ -32,22 +31,12 @@ find("causal-lm")
 POINTS = [(os, "mkdir"), (safetensors.torch, "save_file"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir")]
 
 
-class Tokenizer:
-    """Token ids written as text, so that nothing has to be made before a fork."""
-
-    pad_token_id, eos_token_id, model_max_length = 0, 1, 16
-
-    def __call__(self, text):
-        return {"input_ids": [int(t) for t in text.split()]}
-
-
 def train(folder):
-    draw = random.Random(0)
-    rows = [{"text": " ".join(str(draw.randint(2, 49)) for _ in range(draw.randint(3, 12)))} for _ in range(20)]
     model = models.llama(attention_dropout=0.2)
     adapter = graft.attach(model, graft.LoRA(rank=2, dropout=0.1))
     result = fit(
-        model, rows, processor=Tokenizer(), validation=0.2, eval_every=3, save_every=1, epochs=2, batch_size=2,
+        model, small.rows(20),
+        processor=small.Tokenizer(), validation=0.2, eval_every=3, save_every=1, epochs=2, batch_size=2,
         gradient_accumulation=2, learning_rate=1e-2, output=folder, progress=False,
     )  # fmt: skip
     digest = hashlib.sha256()

@@ -10,9 +10,10 @@ import pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not hasattr(signal, "SIGKILL"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_any_moment_comes_to_the_same_bits(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run(
         [sys.executable, Path(__file__).parent / "kill_driver.py", tmp_path],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr[-3000:]
     told = json.loads(out.stdout.splitlines()[-1])
