@@ -23,10 +23,16 @@ from .training.report import PeakMemory
 from .tuning import tune
 
 BASE = "minilm"
-METHOD = {"rank": 8, "alpha": 16.0}
+METHOD: dict[str, Any] = {"rank": 8, "alpha": 16.0}
 # A first sensible choice, not a tuned one. Texts are cut at 64 tokens, which most of them do not reach; the probe does
 # no better with longer ones.
-TRAINING = {"epochs": 3, "batch_size": 32, "learning_rate": 2e-3, "head_learning_rate": 1e-2, "max_length": 64}
+TRAINING: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "head_learning_rate": 1e-2,
+    "max_length": 64,
+}
 REPORT = "demo.json"
 
 

@@ -6,6 +6,7 @@ parameters put in the place of the old ones, which are kept: undoing it brings t
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Merge:
             raise GraftError("the merge was undone or kept before")
         trainable = {id(p) for p in found.trainable}
         here = {id(p) for p in self.model.parameters()}
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if {id(old) for _, _, old in self.kept} & here and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
         for module, name, old in self.kept:

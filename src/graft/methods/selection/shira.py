@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
 from ...core.hyper import Range
 from ...core.peft import OWN, As, Peft
 from ...core.recipe import ByPath
@@ -101,12 +102,13 @@ def _scores(mask, w, keep, site):
         return w.abs()
     if mask == "structured":
         out, width = w.shape
-        diagonal = min(out, width)
-        rows = torch.linspace(0, out - 1, max(1, min(out, -(-(keep - diagonal) // width))), device=w.device).round()
         scores = torch.zeros(out, width, device=w.device)
-        scores[rows.long()] = torch.linspace(1, 0.5, len(rows), device=w.device)[:, None]
+        rows = torch.zeros(0, dtype=torch.long)
+        for count in range(max(0, (keep - min(out, width)) // width), out + 1):
+            rows = torch.linspace(0, out - 1, count).round().long()
+            if len(rows) * width + int((torch.arange(min(out, width))[:, None] != rows).all(1).sum()) >= keep:
+                break  # rows and the rest of the diagonal are enough
+        scores[rows] = torch.linspace(1, 0.5, len(rows), device=w.device)[:, None]
         return scores.fill_diagonal_(2)
-    if site.saved is not None:
-        return torch.zeros_like(w)  # the positions come from the file
     grad = site.stats["weight_grad"].to(w.dtype)
     return grad.abs() if mask == "gradient" else (w * grad).abs()
