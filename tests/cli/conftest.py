@@ -65,9 +65,13 @@ def house(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     models = {
         "llama": LlamaForCausalLM(
-            LlamaConfig(**sizes, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+            LlamaConfig(**sizes, max_position_embeddings=64, attention_bias=True, pad_token_id=0, bos_token_id=None,
+                        eos_token_id=2)
         ),
-        "bert": BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0), add_pooling_layer=False),
+        "bert": BertModel(
+            BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0, hidden_dropout_prob=0.0),
+            add_pooling_layer=False,
+        ),
         "t5": T5ForConditionalGeneration(
             T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=len(words), pad_token_id=0,
                      eos_token_id=2, decoder_start_token_id=0)

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import graft as library
+from graft.core.delta import METHODS
+from graft.methods import load as load_methods
 from graft.training import objectives
 from graft.training.objectives.tokens import TokenLoss
 
@@ -239,7 +241,7 @@ def test_every_objective_names_a_class_that_transformers_has():
 
 
 def test_an_option_called_like_another_gets_the_name_of_the_method(graft, house, tmp_path):
-    from graft.core.delta import METHODS, Delta
+    from graft.core.delta import Delta
 
     seen = {}
 
@@ -262,3 +264,19 @@ def test_an_option_called_like_another_gets_the_name_of_the_method(graft, house,
         assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     finally:
         del METHODS["test_clash"]
+
+
+load_methods()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_trained_and_comes_back(graft, house, tmp_path, name):
+    hyper = [part for k, v in METHODS[name].small.items() for part in (f"--{k.replace('_', '-')}", json.dumps(v))]
+    flags = [a for a in hyper if a not in ("true", "false")]
+    data = ["--data", house / "prompts.jsonl"]
+    trained = graft("tune", house / "llama", *data, "--validation", house / "prompts.jsonl", "--method", name, *flags,
+                    "--steps", 3, "--learning-rate", "1e-2", "--output", tmp_path / "a", "--json")  # fmt: skip
+    assert trained.code == 0, trained.err
+    measured = graft("eval", house / "llama", "--adapter", tmp_path / "a", *data, "--json").json
+    assert measured == pytest.approx(trained.json["validation"], rel=1e-4)
+    assert graft("show", tmp_path / "a", "--json").json["parameters"] >= trained.json["trained parameters"]

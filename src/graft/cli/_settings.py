@@ -135,8 +135,10 @@ def method_settings(cls: Any, taken: Iterable[str]) -> list[Setting]:
 
 
 def _said(hyper: Hyper) -> str:
-    ranges = " and ".join(map(str, hyper.ranges))
-    return f"{hyper.doc} ({ranges})" if ranges else hyper.doc
+    """The meaning of a hyperparameter with its choices and bounds."""
+    choices = "|".join(str(k) for k in hyper.kinds if not isinstance(k, type) and k is not None)
+    bounds = ", ".join(filter(None, [choices, *map(str, hyper.ranges)]))
+    return f"{hyper.doc} ({bounds})" if bounds else hyper.doc
 
 
 def documented(function: Callable) -> dict[str, str]:
