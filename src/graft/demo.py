@@ -83,9 +83,10 @@ def demo(
 
     say("LoRA: two small matrices beside each linear layer, and the same linear classifier, learn together.")
     start = time.perf_counter()
+    settings: dict[str, Any] = TRAINING | ({"epochs": 1} if quick else {})
     tuned = tune(
         BASE, train, method=Recipe.of("lora", **METHOD), labels=data.labels, output=place / "adapter", seed=seed,
-        dtype=dtype, **(TRAINING | ({"epochs": 1} if quick else {})),
+        dtype=dtype, **settings,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     ours = _predict(tuned.base, test)
