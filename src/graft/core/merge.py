@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapter import Registry, adapted_hosts, base_parameters, registry, unwrapped
-from .delta import is_finite
+from .adapter import Registry, adapted_hosts, registry, unwrapped
+from .delta import base_modules, base_parameters, is_finite
 from .errors import GraftError
 from .site import rounding_loss
 
@@ -90,7 +90,7 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
             if not is_finite(delta.state_dict().values()):
                 raise GraftError(f"{delta.name} at {path} holds NaN or infinity: nothing was merged")
         exact = host.chain.tensors
-        own = {n: p for n, p in base_parameters(host).items() if n in exact}
+        own = {n: p for n, p in base_parameters(base_modules(host)).items() if n in exact}
         if extra := exact.keys() - own.keys():
             raise GraftError(f"{path} has no {extra.pop()} to take the one of {deltas[-1].name}: keep it as an adapter")
         if not is_finite(exact.values()):
