@@ -1,6 +1,5 @@
 """A saved adapter: complete or not there, loaded bit for bit on its own base, refused with one sentence otherwise."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -9,6 +8,7 @@ import struct
 import sys
 import types
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -133,8 +133,8 @@ def replace_tensors(folder, change):
     tensors = load_file(folder / TENSORS)
     change(tensors)
     save_file({k: v.clone() for k, v in tensors.items()}, folder / TENSORS)
-    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    edit(folder, lambda c: c.update(tensors_sha256=digest))
+    digest = zlib.crc32((folder / TENSORS).read_bytes())
+    edit(folder, lambda c: c.update(tensors_crc32=digest))
 
 
 # There and back
@@ -486,7 +486,7 @@ REFUSED = {
     "a lacking hyperparameter": (lambda c: c["hyperparameters"].pop("alpha"), "alpha"),
     "a bad hyperparameter": (lambda c: c["hyperparameters"].update(rank=-1), "rank must be"),
     "an absurd size": (lambda c: c["hyperparameters"].update(rank=10**9), "6,000,000,000"),
-    "an impossible size": (lambda c: c["hyperparameters"].update(rank=10**30), "built"),
+    "an impossible size": (lambda c: c["hyperparameters"].update(rank=10**30), "far more than"),
     "a table with a gap": (lambda c: c["hyperparameters"].update(rank={"proj": 2}), "inner.proj"),
     "an infinite number": (lambda c: c["hyperparameters"].update(alpha=float("inf")), "JSON"),
     "no modules": (lambda c: c.update(modules=[]), "modules"),
@@ -536,7 +536,7 @@ def test_a_header_that_claims_more_than_the_file_is_refused(copied):
     header = json.dumps({"proj:A": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}).encode()
     for content in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 2**60), b"", b"PK\x03\x04"):
         (copied / TENSORS).write_bytes(content)
-        edit(copied, lambda c, content=content: c.update(tensors_sha256=hashlib.sha256(content).hexdigest()))
+        edit(copied, lambda c, content=content: c.update(tensors_crc32=zlib.crc32(content)))
         refuses(copied, "no sound safetensors file")
 
 

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Adapted, Delta, frozen_parameters, mount, unmount
+from .delta import Adapted, Delta, is_owned, mount, unmount
 from .errors import GraftError
+from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
 from .site import Site, site_for
 from .targets import resolve
@@ -51,7 +52,7 @@ class Registry:
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
         for p in self.trainable:
             p.requires_grad_(False)
-        self.still = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+        self.still = [m for m in model.modules() if m._buffers.get("running_mean") is not None]
         for m in self.still:
             m.__dict__["train"] = _Still(m, m.training == model.training)
             m.training = False
@@ -168,15 +169,21 @@ class Adapter:
         self.targets = cls.targets if targets is None else targets
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
-        with torch.random.fork_rng(devices=[]):
+        with (
+            torch.random.fork_rng(devices=[]),
+            Rebuilding(saved, model) if saved is not None else nullcontext() as mode,
+        ):
             torch.manual_seed(seed)
             resolved = {s.path: recipe.at(s) for s in sites}
             shared = cls.share(sites, **resolved[sites[0].path])
             self.shared = None if shared is None else self._place(shared, sites[0], dtype)
             given = {} if self.shared is None else {"shared": self.shared}
-            self.deltas: dict[str, Delta] = {
-                s.path: self._place(cls(s, **given, **resolved[s.path]), s, dtype) for s in sites
-            }
+            made: dict[str, Delta] = {}
+            for s in sites:
+                made[s.path] = cls(s, **given, **resolved[s.path])
+                if mode is not None and len(made) == 1 and shared is None:
+                    mode.spare_if_saved(made[s.path], s.saved)
+        self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
             site = site_for(path, module, HEADS)
             self.deltas[path] = self._place(_full()(site), site, dtype)
@@ -242,10 +249,14 @@ class Adapter:
     def _place(module: Any, site: Site, dtype: torch.dtype | None) -> Any:
         where = site.where()
         wide = dtype or (torch.float64 if where.dtype == torch.float64 else torch.float32)
-        module.graft_owned = True
-        module.train(site.module.training)
-        tensors = (*module.parameters(), *module.buffers())
-        placed = all(t.device == where.device and (t.dtype == wide or not t.is_floating_point()) for t in tensors)
+        if not is_owned(module):
+            module.graft_owned = True
+        if not site.module.training:
+            module.train(False)
+        tensors = (t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values())
+        placed = all(
+            t is None or (t.device == where.device and (t.dtype == wide or not t.is_floating_point())) for t in tensors
+        )
         return module if placed else module.to(where.device, wide)
 
     # Life on the model
@@ -419,12 +430,6 @@ def _full() -> type[Delta]:
     from .recipe import method
 
     return method("full")
-
-
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the base by name, without those of adapters."""
-    own = {id(p) for p in frozen_parameters(model)}
-    return {n: p for n, p in model.named_parameters() if id(p) in own}
 
 
 def adapted_hosts(model: nn.Module) -> dict[str, Adapted]:

@@ -10,6 +10,7 @@ class is put back and nothing remains.
 
 import copy
 import functools
+import math
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
@@ -229,11 +230,15 @@ def adapted_class(cls: type) -> type:
     return type(cls.__name__, (Adapted, cls), body)
 
 
+_OURS = ("deltas", "chain", "linked", "site", "host_forward")  # attributes of a host
+
+
 def mount(name: str, delta: Delta) -> None:
     """Put `delta` at its host; `relink` then decides which deltas run, and in which order."""
     host = delta.site.module
     if not isinstance(host, Adapted):
-        if taken := [a for a in ("deltas", "chain", "linked", "site", "host_forward") if hasattr(host, a)]:
+        places = (host.__dict__, host._modules, host._parameters, host._buffers)
+        if taken := [a for a in _OURS if any(a in place for place in places) or hasattr(type(host), a)]:
             raise GraftError(f"{delta.site.path} ({type(host).__name__}) has an attribute {taken[0]!r} of its own")
         own = host.__dict__.pop("forward", None)
         host.__class__ = adapted_class(type(host))
@@ -265,7 +270,7 @@ def strip(host: Adapted) -> None:
         del host.__dict__["forward"]
     own, host.__class__ = host.host_forward, host.host_class
     del host.deltas
-    for attribute in ("chain", "linked", "site", "host_forward"):
+    for attribute in _OURS[1:]:
         host.__dict__.pop(attribute, None)
     if own is not None:
         host.forward = own
@@ -282,16 +287,39 @@ def bare_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def frozen_parameters(module: nn.Module) -> list[Tensor]:
-    """The parameters of a module that do not belong to an adapter."""
-    owned = {id(p) for m in module.modules() if getattr(m, "graft_owned", False) for p in m.parameters()}
-    return [p for p in module.parameters() if id(p) not in owned]
+def is_owned(module: nn.Module) -> bool:
+    """Whether a module belongs to an adapter; nn.Module is slow to say that it lacks an attribute."""
+    return getattr(type(module), "graft_owned", False) or "graft_owned" in module.__dict__
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the base by path, each once, without those of adapters."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> None:
+        if id(module) in seen or is_owned(module):
+            return
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return found
+
+
+def base_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The parameters of the `base_modules` by name, each once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in modules.items():
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return dict(found.values())
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no value is NaN or infinite: both show in the extremes."""
-    return all(
-        bool(torch.isfinite(torch.stack(torch.aminmax(t))).all())
-        for t in tensors
-        if t.is_floating_point() and t.numel()
-    )
+    """Whether no value is NaN or infinite. Either shows in the sum, which may also overflow without them."""
+    return all(math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

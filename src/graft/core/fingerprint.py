@@ -1,13 +1,15 @@
 """The fingerprint of a base model: whether an adapter meets the weights it was trained on."""
 
+import ctypes
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import base_parameters
+from .delta import base_modules, base_parameters
 from .site import QuantisedSite, _site_class
 
 SAMPLES = 256  # values of each tensor at most
@@ -22,35 +24,44 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
     None where values are out of reach (meta device, weights offloaded to disk): such a base cannot be told.
     """
     prefixes = tuple(f"{path}." for path in without)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model), key=lambda pair: pair[0]):
-        if name.startswith(prefixes):
-            continue
-        if tensor.is_meta:
-            return None
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(bytes(_sample(tensor).view(torch.uint8).tolist()))
+    tensors = {n: t for n, t in sorted(_tensors(model).items()) if not n.startswith(prefixes)}
+    if any(t.is_meta for t in tensors.values()):
+        return None
+    digest = hashlib.sha256("".join(f"{n}{list(t.shape)}" for n, t in tensors.items()).encode())
+    samples = [_sample(t) for t in tensors.values()]
+    for chosen, dtype in (
+        ([s for s in samples if s.is_floating_point()], torch.bfloat16),
+        ([s for s in samples if not s.is_floating_point()], torch.int64),
+    ):
+        if chosen:
+            one_place = len({s.device for s in chosen}) == 1
+            values = torch.cat(chosen if one_place else [s.cpu() for s in chosen]).to("cpu", dtype)
+            digest.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
     return digest.hexdigest()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from base_parameters(model).items()
-    for path, module in model.named_modules():
-        if issubclass(_site_class(module), QuantisedSite):
-            yield from module.named_buffers(path, recurse=False)
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    modules = base_modules(model)
+    found = base_parameters(modules)
+    for path, module in modules.items():
+        if module._buffers and issubclass(_site_class(module), QuantisedSite):
+            found.update(module.named_buffers(path, recurse=False))
+    return found
 
 
+@torch.no_grad()
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    values = flat[_places(flat.numel()).to(flat.device)]
-    return values.to("cpu", torch.bfloat16 if values.is_floating_point() else values.dtype)
+    return flat[:: _step(flat.numel(), tensor.shape[-1] if tensor.dim() else 1)]
 
 
-@functools.lru_cache(maxsize=64)
-def _places(count: int) -> Tensor:
-    """One place in each of up to 256 stretches of equal length, scattered, lest a matrix show few of its columns."""
-    step = -(-count // SAMPLES) or 1
-    i = torch.arange(count // step)
-    return i * step + i * 2654435761 % step
+@functools.lru_cache(maxsize=1024)
+def _step(count: int, columns: int) -> int:
+    """How far apart up to 256 values are taken: in each row another column, lest a matrix show few of its columns."""
+    least = -(-count // SAMPLES) or 1
+    if least < columns:
+        return least
+    turn = round(columns * (math.sqrt(5) - 1) / 2)  # multiples of the golden section lie evenly in the columns
+    return -(-(least - turn) // columns) * columns + turn

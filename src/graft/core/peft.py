@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .delta import METHODS, Delta
+from .delta import METHODS, Delta, base_modules
 from .errors import GraftError
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe
@@ -97,7 +97,7 @@ class Peft:
         config = {
             **self.common(adapter, modules),
             "target_modules": self.targets(modules, list(own)),
-            "modules_to_save": heads or None,
+            **({"modules_to_save": heads} if heads else {}),
             **self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
         }
         if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
@@ -195,7 +195,7 @@ class Peft:
             raise GraftError(f"{UNREAD}: the model has no module {missing[0]}, is this the right base?")
         if not found:
             raise GraftError(f"{UNREAD}: it holds no tensor of {method.name}")
-        sites = {path: site_for(path, modules[path], method.hosts) for path in found}
+        sites = {path: site_for(path, m, method.hosts) for path, m in modules.items() if path in found}
         hyper = self.read_config(method, config, sites, found)
         for path, site in sites.items():
             for name, value in self.site_in(site, found[path], config).items():
@@ -216,7 +216,7 @@ class Peft:
             raise GraftError(f"{UNREAD}: {next(iter(left))} has no place at {where}")
         return state
 
-    def shared_in(self, config: dict[str, Any], sites: dict[str, Site], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def shared_in(self, config: dict[str, Any], sites: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors that sites share, where PEFT's files need not hold them."""
         return {}
 
@@ -224,7 +224,7 @@ class Peft:
         self,
         method: type[Delta],
         config: dict[str, Any],
-        sites: dict[str, Site],
+        sites: dict[str, Any],
         found: dict[str, dict[str, Tensor]],
     ) -> dict[str, Any]:
         """Our hyperparameters for PEFT's fields; `found` are PEFT's tensors at the sites."""
@@ -277,7 +277,7 @@ class PromptPeft(Peft):
         raise NotImplementedError
 
     def from_embeddings(
-        self, model: nn.Module, sites: dict[str, Site], value: Tensor, config: dict[str, Any]
+        self, model: nn.Module, sites: dict[str, Any], value: Tensor, config: dict[str, Any]
     ) -> dict[str, Tensor]:
         """Our tensors for PEFT's."""
         raise NotImplementedError
@@ -303,13 +303,6 @@ def write(adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
     config, tensors = cls.peft.write(adapter)
     return config, {key: value.detach() for key, value in tensors.items()}
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the base by path, without those of adapters."""
-    everything = dict(model.named_modules())
-    owned = {id(x) for m in everything.values() if getattr(m, "graft_owned", False) for x in m.modules()}
-    return {path: m for path, m in everything.items() if id(m) not in owned}
 
 
 def _target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:

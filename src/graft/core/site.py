@@ -78,8 +78,9 @@ class Site:
     """Module `module` at `path`, number `index` of the `count` chosen ones.
 
     `stats` is what the method needs while it builds a delta. `saved` is None for a new delta; for one that comes from
-    a file it holds its tensors by name: their values are copied in afterwards, so the constructor has no statistics
-    and may spare whatever only finds initial values. Sizes that no hyperparameter tells are those of `saved`.
+    a file it holds its tensors by name: their values are copied in afterwards, so the constructor has no statistics,
+    may spare whatever only finds initial values, and draws no random numbers where all its tensors are in the file.
+    Sizes that no hyperparameter tells are those of `saved`.
     """
 
     kind = "module"

@@ -5,9 +5,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Delta, Paper, base_modules
 from ...core.errors import GraftError
-from ...core.peft import OWN, As, Peft, base_modules
+from ...core.peft import OWN, As, Peft
 
 
 class _TokensPeft(Peft):

@@ -67,8 +67,7 @@ class LoRA(Delta, name="lora"):
         super().__init__(site)
         self.A = nn.Parameter(torch.empty(rank, site.d_in))
         self.B = nn.Parameter(torch.zeros(site.d_out, rank))
-        if site.saved is None:
-            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
 
     def forward(self, inner, x):
