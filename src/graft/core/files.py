@@ -276,6 +276,12 @@ def _check_base(model: nn.Module, config: dict[str, Any], heads: list[str]) -> N
             f"{'this model' if here is None else 'the one it was trained on'} could not be read",
             stacklevel=3,
         )
+    elif here.partition("-")[0] != there.partition("-")[0]:
+        warnings.warn(
+            f"whether this is the base which the adapter was trained on is not known: its fingerprint is of another "
+            f"kind{_writer(config)}",
+            stacklevel=3,
+        )
     elif here != there:
         trained = f"{config['base_model'] or 'a base'} ({config['base_class']})"
         raise GraftError(

@@ -13,6 +13,7 @@ from .delta import base_modules, base_parameters
 from .site import QuantisedSite, _site_class
 
 SAMPLES = 256  # values of each tensor at most
+KIND = "1"  # raised when the values are taken in another way; leads the fingerprint
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
@@ -21,6 +22,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
     Values are rounded to bfloat16, so that one checkpoint loaded in float32 or bfloat16 has one fingerprint. Adapters
     on the model do not count, nor do parameters inside the modules `without` (heads that a file brings along). Of a
     quantised layer the codes are taken, buffers included: a quantised base is another one than the original.
+    Fingerprints of different kinds (the number before the dash) cannot be compared.
     None where values are out of reach (meta device, weights offloaded to disk): such a base cannot be told.
     """
     prefixes = tuple(f"{path}." for path in without)
@@ -37,7 +39,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
             one_place = len({s.device for s in chosen}) == 1
             values = torch.cat(chosen if one_place else [s.cpu() for s in chosen]).to("cpu", dtype)
             digest.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
-    return digest.hexdigest()
+    return f"{KIND}-{digest.hexdigest()}"
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
