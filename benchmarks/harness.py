@@ -42,13 +42,19 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[to]))
 
 
-def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes in distinct storages saved for backward by one forward, without those of parameters and buffers."""
+def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int | None:
+    """Bytes in distinct storages saved for backward by one forward, without those of parameters and buffers.
+
+    None where a sparse tensor is kept: it has no storage.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
-    alive = []  # or a freed storage's address could be taken again and counted once
+    sparse, alive = [], []  # alive, or a freed storage's address could be taken again and counted once
 
     def pack(t):
+        if t.layout != torch.strided:
+            sparse.append(t)
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -57,7 +63,7 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         forward()
-    return sum(sizes.values())
+    return None if sparse else sum(sizes.values())
 
 
 def table(rows: list[dict], columns: list[str]) -> str:

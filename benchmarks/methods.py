@@ -85,7 +85,7 @@ def contest(name: str, dtype: torch.dtype, compiled: bool, rounds: int) -> dict:
         model = build()
         forward, steps[label] = step_of(model, compiled)
         if not compiled:
-            kept[label] = kept_for_backward(model, forward) / 2**20
+            kept[label] = None if (bytes_ := kept_for_backward(model, forward)) is None else bytes_ / 2**20
     times = in_turns(steps, rounds)
     row = {"method": name, "floor, ms": 1e3 * statistics.median(times["floor"])}
     for label in ("graft", "hand", "PEFT", "adapters"):

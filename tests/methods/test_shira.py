@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_reference import peft_layer
+from sizes import Sizes
 from torch import nn
 
 import graft
@@ -106,3 +107,64 @@ def test_positions_chosen_by_gradients_load_without_them(tmp_path):
     graft.load(again, tmp_path / "adapter")
     x = torch.randn(3, 6)
     assert torch.equal(again(x), model(x))
+
+
+def few_of_many(dtype=torch.float64, seed=0):
+    """So few entries that their gradient is computed at them alone."""
+    torch.manual_seed(seed)
+    model, delta = adapted(nn.Linear(40, 30), density=0.02)
+    with torch.no_grad():
+        delta.value.normal_()
+    model.to(dtype)
+    delta.value.data = delta.value.data.to(torch.promote_types(dtype, torch.float32))
+    return model, delta
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_few_entries_are_those_of_the_dense_product(dtype):
+    model, delta = few_of_many(dtype)
+    x, g = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True), torch.randn(3, 5, 30, dtype=dtype)
+    to_value, to_x = torch.autograd.grad(model(x), [delta.value, x], g)
+    exact = (g.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1)).flatten()[delta.index]
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype != torch.float64 else {}
+    torch.testing.assert_close(to_value.double(), exact, **tolerance)
+    torch.testing.assert_close(to_x, g @ graft.merged_state_dict(model)["0.weight"])
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sampled products on the CPU need MKL")
+def test_few_entries_compile_to_one_graph():
+    model, delta = few_of_many()
+    x = torch.randn(3, 40, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (model, compiled):
+        y = run(x).sin().sum()
+        with Sizes() as sizes:
+            grads.append(torch.autograd.grad(y, delta.value)[0])
+        assert 30 * 40 not in sizes.made  # neither W' nor dL/dW'
+    torch.testing.assert_close(*grads)
+
+
+def test_few_entries_in_a_batch_of_deltas():
+    model, delta = few_of_many()
+    values = torch.randn(4, *delta.value.shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 3, 40, dtype=torch.float64)
+
+    def run(value, x):
+        return torch.func.functional_call(model, {"0.deltas.default.value": value}, (x,)).sin()
+
+    each = torch.stack([run(v, row) for v, row in zip(values, x)])
+    batch = torch.func.vmap(run)(values, x)
+    torch.testing.assert_close(batch, each)
+    grads = [torch.autograd.grad(y.sum(), values)[0] for y in (batch, each)]
+    torch.testing.assert_close(*grads)
+
+
+def test_few_entries_have_second_derivatives():
+    model, delta = few_of_many()
+    x = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+
+    def run(value, x):
+        return torch.func.functional_call(model, {"0.deltas.default.value": value}, (x,)).sin()
+
+    assert torch.autograd.gradgradcheck(run, (delta.value.detach().requires_grad_(), x))

@@ -170,12 +170,22 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         """The host's own map with the matrix w [out, in] in place of W."""
         return F.linear(x, w.to(x.dtype), bias if bias is None else bias.to(x.dtype))
 
-    def apply_formed(self, x: Tensor, form: Callable, w: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    def apply_formed(
+        self,
+        x: Tensor,
+        form: Callable,
+        w: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor,
+        pull: Callable | None = None,
+    ) -> Tensor:
         """apply(x, form(w, *tensors), bias) that keeps x, w and `tensors` for backward and forms W' again there.
 
         `form` is pure, and what it computes with besides its arguments is no tensor. It gets them in x's dtype.
+        Where W is frozen, `pull(g, x, w, *tensors)` returns the gradients of `tensors` from g = dL/dy [n, out] and
+        x [n, in], for methods that do so with less than dL/dW' = g^T x [out, in] and the derivative of `form`.
         """
-        return _Formed.apply(form, x, w, bias, *tensors)  # type: ignore[return-value]
+        return _Formed.apply(form, pull, x, w, bias, *tensors)  # type: ignore[return-value]
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """k features of the input: the host's map with the matrix a [k, in]."""
@@ -281,7 +291,7 @@ class EmbeddingSite(LinearSite, hosts=(nn.Embedding,)):
     def apply(self, x, w, bias=None):
         return self.down(x, w)
 
-    def apply_formed(self, x, form, w, bias, *tensors):
+    def apply_formed(self, x, form, w, bias, *tensors, pull=None):
         return self.apply(x, form(w, *_to(w.dtype, tensors)), bias)  # a look-up keeps no matrix
 
     def down(self, x, a):
@@ -314,7 +324,7 @@ class ConvSite(LinearSite, hosts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kernel = w.reshape(w.shape[0], -1, *self.module.kernel_size).to(x.dtype)
         return self.module._conv_forward(x, kernel, bias if bias is None else bias.to(x.dtype))
 
-    def apply_formed(self, x, form, w, bias, *tensors):
+    def apply_formed(self, x, form, w, bias, *tensors, pull=None):
         return self.apply(x, form(w.to(x.dtype), *_to(x.dtype, tensors)), bias)
 
     def down(self, x, a):  # each group sees all k filters: [groups * k] features
@@ -426,20 +436,20 @@ class _Formed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(form, x, w, bias, *tensors):
+    def forward(form, pull, x, w, bias, *tensors):
         w, *tensors = _to(x.dtype, (w, *tensors))
         return F.linear(x, form(w, *tensors), bias if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.form, x, w, bias, *tensors = inputs
+        ctx.form, ctx.pull, x, w, bias, *tensors = inputs
         ctx.save_for_backward(x, w, bias, *tensors)
 
     @staticmethod
     def backward(ctx, *grads):
         g = grads[0]
         x, w, bias, *tensors = ctx.saved_tensors
-        need_x, need_w, need_bias, *need = ctx.needs_input_grad[1:]
+        need_x, need_w, need_bias, *need = ctx.needs_input_grad[2:]
         given = [w, *tensors]
         moving = [i for i, needed in enumerate([need_w, *need]) if needed]
 
@@ -448,15 +458,17 @@ class _Formed(torch.autograd.Function):
             return ctx.form(*_to(x.dtype, (now.get(i, t) for i, t in enumerate(given))))
 
         found = {}
-        if moving:
+        if moving and (need_w or not ctx.pull):
             matrix, pull = torch.func.vjp(formed, *(given[i] for i in moving))[:2]
             dw = _lines(g).mT @ _lines(x).to(g.dtype)
             found = dict(zip(moving, pull(dw.to(matrix.dtype))))
         else:
-            matrix = formed()
+            matrix = formed() if need_x else w
+            if moving:
+                found = dict(enumerate(ctx.pull(_lines(g), _lines(x).to(g.dtype), *given), 1))
         dx = (g @ matrix.to(g.dtype)).to(x.dtype) if need_x else None
         db = _lines(g).sum(0).to(bias.dtype) if need_bias else None
-        return None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))
+        return None, None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))
 
 
 class _Bound(nn.Module):

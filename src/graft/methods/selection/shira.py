@@ -1,5 +1,6 @@
 """SHiRA: Sparse High Rank Adapters. Bhardwaj et al., 2024."""
 
+import warnings
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,8 @@ from ...core.errors import GraftError
 from ...core.hyper import Range
 from ...core.peft import OWN, As, Peft
 from ...core.recipe import ByPath
+
+HAS_MKL = torch.backends.mkl.is_available()  # its sparse products
 
 
 class _ShiraPeft(Peft):
@@ -22,7 +25,8 @@ class _ShiraPeft(Peft):
     def site_in(self, site, found, config):
         state = super().site_in(site, found, config)
         rows, columns = state["index"].long()
-        return {"value": state["value"], "index": rows * site.d_in + columns}
+        index, order = (rows * site.d_in + columns).sort()
+        return {"value": state["value"][order], "index": index}
 
     def write_config(self, method, deltas, hyper):
         ranks = {len(d.value) / (d.site.d_in + d.site.d_out) for d in deltas.values()}
@@ -43,7 +47,8 @@ class _ShiraPeft(Peft):
 class SHiRA(Delta, name="shira"):
     """W' = W + S: `density` of the entries of W [out, in] are trained, the others stay.
 
-    `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, chosen by `mask`:
+    `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, in rising order,
+    chosen by `mask`:
 
         random     any
         magnitude  the largest |W|
@@ -84,7 +89,8 @@ class SHiRA(Delta, name="shira"):
         self.value = nn.Parameter(torch.zeros(keep))
 
     def forward(self, inner, x):
-        return self.site.apply_formed(x, _placed, inner.weight, self.bias(inner.bias), self.value, self.index)
+        w, b = inner.weight, self.bias(inner.bias)
+        return self.site.apply_formed(x, _placed, w, b, self.value, self.index, pull=_gradients)
 
     def weight(self, w):
         return _placed(w.to(torch.promote_types(w.dtype, self.value.dtype)), self.value, self.index)
@@ -92,6 +98,41 @@ class SHiRA(Delta, name="shira"):
 
 def _placed(w, value, index):
     return w.reshape(-1).index_add(0, index, value).view(w.shape)
+
+
+def _gradients(g, x, w, value, index):
+    """dL/dvalue for g = dL/dy [n, out] and x [n, in]; none for the index."""
+    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
+    first_order = not torch.is_grad_enabled()  # the sampled product has no derivative
+    if HAS_MKL and first_order and x.device.type == "cpu" and few * len(index) <= g.shape[1] * x.shape[1]:
+        return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
+    return (g.mT @ x).flatten()[index].to(value.dtype), None
+
+
+torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor index) -> Tensor")
+
+
+@torch.library.impl("graft::sampled_product", "cpu")
+def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shape = g.shape[1], x.shape[1]
+    starts = torch.searchsorted(index, torch.arange(shape[0] + 1) * shape[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        where = torch.sparse_csr_tensor(starts, index % shape[1], torch.zeros(len(index), dtype=wide), shape)
+    return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
+
+
+@torch.library.register_fake("graft::sampled_product")
+def _(g, x, index):
+    return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.register_vmap("graft::sampled_product")
+def _(info, in_dims, *args):
+    each = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, in_dims)]
+    return torch.stack([torch.ops.graft.sampled_product(*row) for row in zip(*each)]), 0
 
 
 def _scores(mask, w, keep, site):

@@ -41,13 +41,24 @@ class Bone(Delta, name="bone"):
         self.D = nn.Parameter(torch.zeros(site.d_out // block, block, block))
 
     def forward(self, inner, x):
-        return self.site.apply_formed(x, _moved, inner.weight, self.bias(inner.bias), self.D)
+        return self.site.apply_formed(x, _moved, inner.weight, self.bias(inner.bias), self.D, pull=_gradient)
 
     def weight(self, w):
         return _moved(w.to(torch.promote_types(w.dtype, self.D.dtype)), self.D)
 
 
 def _moved(w, D):
-    rows, b, _ = D.shape
-    tall = w.reshape(rows, -1, b)  # [out / b, b * in / b, b]: the blocks of a row on top of each other, mixed by line
-    return (torch.baddbmm(tall, tall, D).view(rows, b, -1, b) + D[:, :, None]).view(w.shape)
+    tall = _tall(w, D)
+    return (torch.baddbmm(tall, tall, D).view(len(D), D.shape[1], -1, D.shape[1]) + D[:, :, None]).view(w.shape)
+
+
+def _tall(w, D):
+    """[out / b, b * in / b, b]: the blocks of a row on top of each other, mixed by line."""
+    return w.reshape(len(D), -1, D.shape[1])
+
+
+def _gradient(g, x, w, D):
+    """dL/dD_i = sum_j W_ij^T G_ij + G_ij for the blocks of G = dL/dW'."""
+    G = _tall(g.mT @ x, D)
+    direct = G.view(len(D), D.shape[1], -1, D.shape[1]).sum(2)
+    return (torch.baddbmm(direct, _tall(w.to(G.dtype), D).mT, G).to(D.dtype),)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
@@ -61,7 +62,7 @@ class DoRA(Delta, name="dora"):
         """Row norms of V [out] for w [out, in]."""
         wide = torch.promote_types(w.dtype, torch.float32)
         a, b = self.low.A.to(wide), self.low.scaling * self.low.B.to(wide)
-        cross = 2 * (w @ self.low.A.T.to(w.dtype)) + b @ (a @ a.T)
+        cross = 2 * F.linear(w, self.low.A.to(w.dtype)) + b @ (a @ a.T)
         square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
         return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
 
