@@ -392,6 +392,6 @@ def test_damaged_files_load_or_are_refused(name, tmp_path):
             save_file(tensors | {key: bad.contiguous()}, file)
             load()
             tried += 1
-    assert tried >= 16
+    assert tried > 10
     file.write_bytes(content)
     graft.load(model, tmp_path / "a")

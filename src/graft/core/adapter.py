@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Adapted, Delta, is_owned, mount, unmount
+from .delta import Adapted, Delta, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -243,7 +243,8 @@ class Adapter:
     def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
         if saved is None:
             return resolve(self.model, targets, hosts)
-        return [(path, self.model.get_submodule(path)) for path in targets]
+        modules = base_modules(self.model)
+        return [(path, modules[path]) for path in targets]
 
     @staticmethod
     def _place(module: Any, site: Site, dtype: torch.dtype | None) -> Any:
