@@ -182,7 +182,7 @@ class Adapter:
             for s in sites:
                 made[s.path] = cls(s, **given, **resolved[s.path])
                 if mode is not None and len(made) == 1 and shared is None:
-                    mode.spare_if_saved(made[s.path], s.saved)
+                    mode.spare_if_saved(made[s.path], s.saved or {})
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
             site = site_for(path, module, HEADS)

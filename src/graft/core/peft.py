@@ -115,7 +115,7 @@ class Peft:
             "inference_mode": True,
         }
 
-    def chosen(self, adapter: "Adapter") -> dict[str, Delta]:
+    def chosen(self, adapter: "Adapter") -> dict[str, Any]:
         """The deltas which PEFT stores, by path."""
         return {path: d for path, d in adapter.deltas.items() if path not in dict(adapter.heads)}
 
