@@ -62,8 +62,11 @@ def _sample(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _step(count: int, columns: int) -> int:
     """How far apart up to 256 values are taken: in each row another column, lest a matrix show few of its columns."""
-    least = -(-count // SAMPLES) or 1
-    if least < columns:
-        return least
-    turn = round(columns * (math.sqrt(5) - 1) / 2)  # multiples of the golden section lie evenly in the columns
-    return -(-(least - turn) // columns) * columns + turn
+    step = -(-count // SAMPLES) or 1
+    if step > 1 and columns > SAMPLES // 4:
+        # k + g or 1 / (n + g) columns, g the golden section: the multiples of that lie evenly in the columns.
+        share, g = step / columns, (math.sqrt(5) - 1) / 2
+        step = math.ceil(columns * (math.ceil(share - g) + g if share > 1 else 1 / (math.floor(1 / share - g) + g)))
+    while columns <= SAMPLES and step > 1 and math.gcd(step, columns) > 1:
+        step += 1
+    return step
