@@ -62,7 +62,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _step(count: int, columns: int) -> int:
-    """How far apart the values of a tensor are taken: in each row another column, lest a matrix show few of its columns."""
+    """How far apart values are taken: in each row another column, lest a matrix show few of its columns."""
     if count <= WHOLE:
         return 1
     step = -(-count // SAMPLES)
