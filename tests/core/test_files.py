@@ -21,6 +21,7 @@ import graft
 from graft import Delta, GraftError
 from graft.core import files
 from graft.core.delta import METHODS
+from graft.core.fingerprint import _step
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -225,6 +226,32 @@ def test_a_delta_from_a_file_needs_no_statistics(tmp_path):
         del METHODS["measured"]
 
 
+class Noisy(Delta):
+    """y + rows + noise: its start is random, and `noise` is not in the file where `kept` is false."""
+
+    def __init__(self, site, *, kept: bool = False):
+        super().__init__(site)
+        self.rows = nn.Parameter(0.1 * torch.randn(site.d_out))
+        self.register_buffer("noise", nn.init.normal_(torch.empty(site.d_out)), persistent=kept)
+        self.start = self.rows.detach().clone()
+
+    def weight(self, w):
+        return w + (self.rows + self.noise)[:, None]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_random_numbers_are_drawn_again_only_where_the_file_lacks_them(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(Noisy, "name", "noisy")
+    monkeypatch.setitem(METHODS, "noisy", Noisy)
+    model = net()
+    trained(model, Noisy(kept=kept)).save(tmp_path / "a")
+    other = net()
+    again = graft.load(other, tmp_path / "a")
+    assert torch.equal(other(X), model(X))
+    starts = [again.deltas[path].start for path in ("proj", "inner.proj", "inner.inner.proj")]
+    assert starts[0].any() and all(bool(s.any()) != kept for s in starts[1:])
+
+
 # The folder
 
 
@@ -376,7 +403,7 @@ def test_small_tensors_are_compared_whole(shape, where, dtype):
     a = nn.ParameterDict({"w": torch.ones(shape, dtype=dtype)})
     b = nn.ParameterDict({"w": torch.ones(shape, dtype=dtype)})
     assert graft.fingerprint(a) == graft.fingerprint(b)
-    if b["w"].numel() <= 256:
+    if b["w"].numel() <= 1024:
         with torch.no_grad():
             b["w"].view(-1)[where % b["w"].numel()] = 2
         assert graft.fingerprint(a) != graft.fingerprint(b)
@@ -389,6 +416,16 @@ def test_large_matrices_are_sampled_in_all_columns():
         b.weight.copy_(a.weight)
         b.weight[:, 512:] += 1
     assert graft.fingerprint(a) != graft.fingerprint(b)
+
+
+@given(rows=st.integers(1, 3000), columns=st.integers(2, 5000))
+def test_samples_lie_in_all_parts_of_the_columns(rows, columns):
+    step = _step(rows * columns, columns)
+    places = torch.arange(0, rows * columns, step)
+    assert len(places) == rows * columns if rows * columns <= 1024 else 256 / 3 < len(places) <= 256
+    if len(places) >= 16:
+        gaps = (places % columns).sort().values.diff(prepend=torch.tensor([0]), append=torch.tensor([columns]))
+        assert gaps.max() <= max(1, 0.4 * columns)
 
 
 def test_a_base_that_cannot_be_read_is_said(good, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Adapted, Delta, is_owned, mount, unmount
+from .delta import Adapted, Delta, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -182,7 +182,7 @@ class Adapter:
             for s in sites:
                 made[s.path] = cls(s, **given, **resolved[s.path])
                 if mode is not None and len(made) == 1 and shared is None:
-                    mode.spare_if_saved(made[s.path], s.saved)
+                    mode.spare_if_saved(made[s.path], s.saved or {})
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
             site = site_for(path, module, HEADS)
@@ -243,7 +243,8 @@ class Adapter:
     def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
         if saved is None:
             return resolve(self.model, targets, hosts)
-        return [(path, self.model.get_submodule(path)) for path in targets]
+        modules = base_modules(self.model)
+        return [(path, modules[path]) for path in targets]
 
     @staticmethod
     def _place(module: Any, site: Site, dtype: torch.dtype | None) -> Any:

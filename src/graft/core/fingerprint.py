@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from .delta import base_modules, base_parameters
 from .site import QuantisedSite, _site_class
 
-SAMPLES = 256  # values of each tensor at most
+SAMPLES = 256  # values of a large tensor at most
+WHOLE = 4 * SAMPLES  # values of a tensor which is compared whole
 KIND = "1"  # raised when the values are taken in another way; leads the fingerprint
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
-    """A hash of the base's weights: sha256 over the names, shapes and up to 256 spread values of its tensors.
+    """A hash of the base's weights: sha256 over names, shapes and values of its tensors, 256 of large ones.
 
     Values are rounded to bfloat16, so that one checkpoint loaded in float32 or bfloat16 has one fingerprint. Adapters
     on the model do not count, nor do parameters inside the modules `without` (heads that a file brings along). Of a
@@ -61,9 +62,14 @@ def _sample(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _step(count: int, columns: int) -> int:
-    """How far apart up to 256 values are taken: in each row another column, lest a matrix show few of its columns."""
-    least = -(-count // SAMPLES) or 1
-    if least < columns:
-        return least
-    turn = round(columns * (math.sqrt(5) - 1) / 2)  # multiples of the golden section lie evenly in the columns
-    return -(-(least - turn) // columns) * columns + turn
+    """How far apart values are taken: in each row another column, lest a matrix show few of its columns."""
+    if count <= WHOLE:
+        return 1
+    step = -(-count // SAMPLES)
+    if columns > SAMPLES // 4:
+        # k + g or 1 / (n + g) columns, g the golden section: the multiples of that lie evenly in the columns.
+        share, g = step / columns, (math.sqrt(5) - 1) / 2
+        step = math.ceil(columns * (math.ceil(share - g) + g if share > 1 else 1 / (math.floor(1 / share - g) + g)))
+    while columns <= SAMPLES and math.gcd(step, columns) > 1:
+        step += 1
+    return step

@@ -76,12 +76,16 @@ class Peft:
     refuses: Callable[[dict], str | None] = lambda config: None  # why a configuration of PEFT cannot be read, or None
     hosts: tuple[str, ...] = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding")  # classes, as PEFT has it
 
+    heads: bool = True  # whether PEFT saves heads beside it
+
     # Writing
 
     def write(self, adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's configuration and tensors for an adapter."""
         method, model = adapter.recipe.method, adapter.model
         heads = [path for path, _ in adapter.heads]
+        if heads and not self.heads:
+            raise GraftError(f"PEFT's {self.kind} stores no heads: {OWN}")
         own = self.chosen(adapter)
         tensors = {}
         for path, delta in own.items():
@@ -115,7 +119,7 @@ class Peft:
             "inference_mode": True,
         }
 
-    def chosen(self, adapter: "Adapter") -> dict[str, Delta]:
+    def chosen(self, adapter: "Adapter") -> dict[str, Any]:
         """The deltas which PEFT stores, by path."""
         return {path: d for path, d in adapter.deltas.items() if path not in dict(adapter.heads)}
 

@@ -81,6 +81,7 @@ class LlamaAdapter(Attention, name="llama_adapter"):
         config={"adapter_len": "length"},
         neutral=frozenset({"adapter_layers"}),
         own=frozenset({"layers"}),
+        heads=False,
     )
 
     def __init__(

@@ -78,6 +78,7 @@ class Tokens(Delta, name="tokens"):
         {"rows": As("trainable_tokens_delta")},
         neutral=frozenset({"token_indices", "init_weights"}),
         own=frozenset({"tokens"}),
+        heads=False,
         hosts=("Embedding", "Linear"),
     )
     index: Tensor
