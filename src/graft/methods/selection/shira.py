@@ -120,7 +120,8 @@ def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     starts = torch.searchsorted(index, torch.arange(shape[0] + 1) * shape[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(starts, index % shape[1], torch.zeros(len(index), dtype=wide), shape)
+        zeros = torch.zeros(len(index), dtype=wide)
+        where = torch.sparse_csr_tensor(starts, index % shape[1], zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
 
 
@@ -129,10 +130,12 @@ def _(g, x, index):
     return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.register_vmap("graft::sampled_product")
-def _(info, in_dims, *args):
+def _for_each(info, in_dims, *args):
     each = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, in_dims)]
     return torch.stack([torch.ops.graft.sampled_product(*row) for row in zip(*each)]), 0
+
+
+torch.library.register_vmap("graft::sampled_product", _for_each)
 
 
 def _scores(mask, w, keep, site):
