@@ -21,7 +21,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
+import graft.methods
 from contestants import ADAPTERS, GRAFT, PEFT
+from graft.core.targets import resolve
 from handwritten import HAND
 from harness import in_turns, kept_for_backward, machine, ratio, table
 
@@ -47,9 +49,9 @@ def by_graft(name: str, dtype: torch.dtype) -> nn.Module:
 def by_hand(name: str, dtype: torch.dtype) -> nn.Module:
     """The model with every target replaced by a layer that was written for this one method."""
     model = base(dtype)
-    _, targets, _ = GRAFT[name]
+    method, targets, _ = GRAFT[name]
     layer = HAND[name]
-    for path, module in graft.core.targets.resolve(model, targets, ("linear",)):
+    for path, module in resolve(model, targets, graft.METHODS[method].hosts):
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer(module))
     return model
