@@ -121,7 +121,7 @@ def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         zeros = torch.zeros(len(index), dtype=wide)
-        where = torch.sparse_csr_tensor(starts, index % shape[1], zeros, shape, check_invariants=False)
+        where = torch.sparse_csr_tensor(starts, index % shape[1], zeros, shape, check_invariants=True)
     return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
 
 
