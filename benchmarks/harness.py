@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def machine() -> str:
+def machine(threads: int | None = None) -> str:
     """One line about where a table was made."""
     name = platform.processor() or platform.machine()
     try:
@@ -18,7 +18,8 @@ def machine() -> str:
             name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}"
+    count = threads or torch.get_num_threads()
+    return f"{name}, {count} thread(s), Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def in_turns(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:

@@ -11,11 +11,14 @@ beside parameters and buffers. A method that PEFT or `adapters` lacks has an emp
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,22 +120,30 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    results = {"machine": machine(args.threads), "rounds": args.rounds, "compiled": args.compile}
+    results |= {precision: [] for precision in args.precision}
+    # A process for each method: peers keep models alive, and a compiler remembers what it saw.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for name in track(args.methods, "measuring ", transient=True, console=Console(stderr=True)):
+            for precision, row in pool.submit(contests, name, args).result().items():
+                results[precision].append(row)
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=2))
+    for precision in args.precision:
+        rows = results[precision]
+        used = [c for c in COLUMNS if any(c in row for row in rows)]
+        how = "compiled" if args.compile else "eager"
+        print(f"\n{precision}, {how}, {args.rounds} rounds. {results['machine']}\n")
+        print(table(rows, used), flush=True)
+
+
+def contests(name: str, args: argparse.Namespace) -> dict[str, dict]:
+    """{precision: row} of one method, in a process of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64
-    results = {"machine": machine(), "rounds": args.rounds, "compiled": args.compile}
-    for precision in args.precision:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        rows = [
-            contest(name, dtype, args.compile, args.rounds)
-            for name in track(args.methods, f"{precision} ", transient=True)
-        ]
-        results[precision] = rows
-        used = [c for c in COLUMNS if any(c in row for row in rows)]
-        print(f"\n{precision}, {'compiled' if args.compile else 'eager'}, {args.rounds} rounds. {machine()}\n")
-        print(table(rows, used), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=2))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return {p: contest(name, dtypes[p], args.compile, args.rounds) for p in args.precision}
 
 
 if __name__ == "__main__":
