@@ -90,7 +90,12 @@ def tune(
         stats = collect(base.model, batches, needs, lambda path, module: path in paths, loss)
     heads = base.heads if heads is None else heads
     adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
-    result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
+    try:
+        result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
+    except GraftError:
+        if run and not _begun(run):
+            shutil.rmtree(run, ignore_errors=True)  # there is nothing in it to go on from
+        raise
     base.max_length = training.get("max_length")
     base.model.eval()
     if place and run:
@@ -176,11 +181,15 @@ def generate(
 def _check_places(place: Path, run: Path, resume: bool) -> None:
     if place.exists():
         raise GraftError(f"the output folder {place} exists already: choose another one, or remove it")
-    begun = any(run.glob("checkpoint-*"))
+    begun = _begun(run)
     if resume and not begun:
         raise GraftError(f"{run} holds no checkpoint of a run to resume: leave resume out to begin")
     if begun and not resume:
         raise GraftError(f"{run} holds a run that was stopped: resume it, or remove that folder to begin anew")
+
+
+def _begun(run: Path) -> bool:
+    return any(run.glob("checkpoint-*"))
 
 
 def _batches(

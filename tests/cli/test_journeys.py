@@ -145,6 +145,60 @@ def test_an_encoder_decoder_learns_predicts_and_generates(graft, house, tmp_path
     assert [a["text"] for a in asked] == said
 
 
+def test_images_are_classified_from_files(graft, tmp_path):
+    """A folder of PNG files for each label, and a table with paths; the probabilities are those of transformers."""
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.3)).save_pretrained(
+        tmp_path / "vit"
+    )
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "vit")
+    rows = []
+    for i in range(16):
+        label, shade = ("red", "blue")[i % 2], 180 + 4 * i
+        file = tmp_path / "images" / label / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (shade, 30, 30) if label == "red" else (30, 30, shade)).save(file)
+        rows.append({"image": str(file), "label": label})
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    done = graft("tune", tmp_path / "vit", "--data", tmp_path / "images", "--output", tmp_path / "out", "--epochs", 20,
+                 "--learning-rate", "1e-2", "--validation", 0.25, "--json")  # fmt: skip
+    assert done.json["objective"] == "image-classification" and done.json["labels"] == ["blue", "red"]
+    assert done.json["validation"]["accuracy"] == 1
+    model = [tmp_path / "vit", "--adapter", tmp_path / "out"]
+    assert graft("eval", *model, "--data", tmp_path / "table.jsonl", "--json").json["accuracy"] == 1
+    said = graft("predict", *model, "--data", tmp_path / "table.jsonl", "--json").json
+    assert [s["label"] for s in said] == [row["label"] for row in rows]
+    assert graft("merge", *model, "--output", tmp_path / "merged").code == 0
+    plain = ViTForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        pixels = processor([Image.open(row["image"]) for row in rows], return_tensors="pt")
+        likeliest = plain(**pixels).logits.softmax(-1).max(-1).values
+    assert [s["probability"] for s in said] == pytest.approx(likeliest.tolist(), rel=1e-4)
+
+    (tmp_path / "images" / "red" / "torn.png").write_bytes(b"\x89PNG\r\n")
+    torn = graft("tune", tmp_path / "vit", "--data", tmp_path / "images", "--output", tmp_path / "other")
+    assert torn.code == 2 and "torn.png" in torn.err and torn.err.count("\n") == 1
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_a_prompt_leaves_positions_to_the_text(graft, house, tmp_path):
+    (tmp_path / "long.jsonl").write_text("".join(
+        json.dumps({"text": "the film was good " * 40, "label": label}) + "\n" for label in ("a", "b") * 2
+    ))  # fmt: skip
+    run = ["tune", house / "bert", "--data", tmp_path / "long.jsonl", "--method", "prompt_tuning", "--steps", 1]
+    assert graft(*run, "--length", 8, "--output", tmp_path / "short").code == 0
+    model = [house / "bert", "--adapter", tmp_path / "short"]
+    assert graft("eval", *model, "--data", tmp_path / "long.jsonl").code == 0
+    full = graft(*run, "--length", 100, "--output", tmp_path / "full")
+    assert full.code == 2 and "leaves no room for text in the 64 positions" in full.err
+
+
 def test_chat_goes_through_the_template_of_the_tokenizer(graft, house, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

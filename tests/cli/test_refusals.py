@@ -44,6 +44,15 @@ CASES = {
     "setting out of range": ([*GOOD, "--batch-size", "0"], "batch_size"),
     "unknown targets": ([*GOOD, "--targets", "qurey"], "query"),
     "unknown optimizer": ([*GOOD, "--optimizer", "adamz"], "did you mean"),
+    "an option of the optimizer that has a setting": (
+        [*GOOD, "--optimizer-options", "lr=1"],
+        "set learning_rate instead of optimizer_options",
+    ),
+    "validation that is no share": ([*GOOD, "--validation", "2"], "validation is data, or a share"),
+    "a loss that is not finite": (
+        [*GOOD, "--optimizer", "sgd", "--learning-rate", "1e30", "--clip", "none"],
+        "is nan at step 2",
+    ),
     "unknown metric": ([*GOOD, "--validation", "0.2", "--metric", "speed"], "no metric 'speed'"),
     "unknown precision of the base": ([*GOOD, "--dtype", "int3"], "dtype is one of"),
     "no such recipe": ([*GOOD, "--recipe", "{tmp}/nope.yaml"], "there is no recipe"),
@@ -73,6 +82,7 @@ CASES = {
         ["generate", "{house}/bert", "--adapter", "{classifier}", "--prompt", "x"],
         "does not generate",
     ),
+    "nothing to go on from": (["generate", "{house}/llama", "--prompt", ""], "no token to go on from"),
     "sampling out of range": (["generate", "{house}/llama", "--prompt", "x", "--top-p", "2"], "top_p must be"),
     "merge without an output": (["merge", "{house}/bert", "--adapter", "{classifier}"], "--output"),
     "unknown command": (["tnue"], "tnue"),

@@ -102,7 +102,7 @@ def test_names_are_those_of_torch_in_any_case_and_a_class_will_do():
         ("adamx", {}, 0.0, "no optimizer is called 'adamx': did you mean"),
         ("lbfgs", {}, 0.0, "lbfgs needs more than a gradient at each step"),
         ("adamw", {"beta": 1}, 0.0, "adamw does not take .*beta"),
-        ("adamw", {"weight_decay": 0.1}, 0.0, "weight_decay is set by learning_rate or weight_decay"),
+        ("adamw", {"weight_decay": 0.1}, 0.0, "set weight_decay instead of optimizer_options"),
         ("rprop", {}, 0.1, "rprop has no weight decay"),
         ("muon", {}, 0.0, "muon refuses these parameters: Muon only supports 2D"),
         ("sparseadam", {}, 0.0, "sparseadam needs more than a gradient"),

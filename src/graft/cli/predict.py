@@ -18,7 +18,9 @@ def predict(
     data: Annotated[str | None, DATA] = None,
     text: Annotated[list[str] | None, typer.Option(help="Instead of data: one text; may be given repeatedly.")] = None,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON lines there, one an example.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Of models that write: longest answer, in tokens.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of models that write: longest answer, in tokens (default: 128).")
+    ] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:

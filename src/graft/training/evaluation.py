@@ -50,12 +50,14 @@ def predict(
 ) -> list[Any]:
     """What the model says about each example: {"label", "probability"}, a number, or the text it writes.
 
-    `generation` (max_new_tokens, do_sample, ...) goes to the `generate` of a language model.
+    `generation` (max_new_tokens, by default 128; do_sample, ...) goes to the `generate` of a language model.
     """
     examples = read(data, columns=columns, split="test")
     chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
     if generation and not chosen.generates:
         raise GraftError(f"{chosen.name} does not generate: {', '.join(generation)} has no meaning for it")
+    if chosen.generates and not {"max_length", "generation_config"} & generation.keys():
+        generation = {"max_new_tokens": 128} | generation
     device = next(model.parameters()).device
     predicted = []
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=half(model, precision, device)):

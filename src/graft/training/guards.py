@@ -34,6 +34,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
             )
     if given["resume"] not in (True, False, "auto"):
         raise GraftError(f"resume is True, False or 'auto', not {given['resume']!r}")
+    if isinstance(given["validation"], int):
+        raise GraftError(f"validation is data, or a share of the data above 0 and below 1, not {given['validation']}")
     if given["patience"] is not None and given["validation"] is None:
         raise GraftError("patience needs validation data: pass validation=, for example 0.1 to hold out a tenth")
 

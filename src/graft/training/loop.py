@@ -88,7 +88,8 @@ def fit(
     The model is trained in place, on the devices that `accelerate` finds (start with `accelerate launch` for several).
     With validation data it carries the best parameters seen at the end, otherwise the last ones.
 
-    data, validation       see `graft.training.read`; validation may be a fraction of the data to hold out
+    data                   see `graft.training.read`
+    validation             data to measure on while training, or the fraction of `data` to hold out for that: 0.1
     columns                {name that is needed: name in the data}
     objective              classification, regression, causal-lm, seq2seq, image-classification; auto: by the columns
     processor              a tokenizer or image processor, or its name; by default the model's own
@@ -103,7 +104,8 @@ def fit(
     learning_rate          its peak; head_learning_rate: the peak for the adapters' `heads`
     optimizer              a name in torch.optim or pytorch-optimizer, or a class; optimizer_options: its keywords
     weight_decay           of matrices only
-    schedule, warmup       linear, cosine, wsd, constant; warmup in steps, or below 1 as a share of the run
+    schedule               of the learning rate after warmup: linear, cosine, wsd, constant
+    warmup                 how long the learning rate rises: steps, or below 1 a share of the run
     clip                   largest norm of the gradient; None for no limit
     precision              bf16: compute in bfloat16 (autocast) beside fp32 parameters; fp32; auto: bf16 where a GPU
                            has it or the base is stored in it. A base stored in fp32 is cast anew at every use: load it
@@ -111,7 +113,8 @@ def fit(
     checkpointing          recompute activations in the backward pass instead of keeping them
     seed                   of the order of the data, of dropout and of the held-out part
     eval_every, save_every in steps; by default after each epoch
-    metric, patience       stop after `patience` evaluations without a better `metric`
+    metric                 which of the validation metrics says what is best; by default accuracy, mse or loss
+    patience               stop after so many evaluations without a better `metric`
     output                 folder of the run: checkpoints, history.jsonl, trackers' files; nothing is written without it
     resume                 "auto": go on where an earlier run in `output` stopped, to the same bits as without the stop;
                            True: refuse to begin anew; False: begin anew and remove the earlier run's checkpoints

@@ -66,7 +66,8 @@ def build(
         groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     keywords = {"lr": learning_rate, **(options or {})}
     if both := sorted({"lr", "weight_decay"} & set(options or {})):
-        raise GraftError(f"{both[0]} is set by learning_rate or weight_decay, not by optimizer_options")
+        name = "learning_rate" if both[0] == "lr" else both[0]
+        raise GraftError(f"{both[0]} is no option of the optimizer here: set {name} instead of optimizer_options")
     decays = _try_out(factory, label, keywords, weight_decay)
     try:
         optimizer = factory(

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.adapter import adapters
 from ..core.errors import GraftError
+from ..core.prompt import Prompt
 from .data import Examples, column, columns_of
 
 IGNORED = -100
@@ -22,17 +24,32 @@ Tokens = dict[str, np.ndarray]
 
 
 def limit(model: Any, tokenizer: Any, asked: int | None) -> int:
-    """Tokens of one example: what was asked, or what model and tokenizer allow, but LONGEST at most."""
+    """Tokens of one example: what was asked, or what model and tokenizer allow, but LONGEST at most.
+
+    A prompt in front of the tokens takes positions of its own.
+    """
     config = getattr(model, "config", None)
     allowed = [
         n
         for n in (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
         if isinstance(n, int) and 0 < n < 10**6
     ]
+    prompt = sum(
+        d.length for a in adapters(model).values() for d in a.deltas.values() if isinstance(d, Prompt) and d.reads
+    )
+    allowed = [n - prompt for n in allowed]
+    if allowed and min(allowed) < 2:
+        raise GraftError(
+            f"a prompt of {prompt} vectors leaves no room for text in the {min(allowed) + prompt} positions of the "
+            "model: use a smaller length"
+        )
     if asked is None:
         return min([LONGEST, *allowed])
     if allowed and asked > min(allowed):
-        raise GraftError(f"max_length={asked} is more than the {min(allowed)} tokens that the model takes")
+        raise GraftError(
+            f"max_length={asked} is more than the {min(allowed)} tokens that the model takes"
+            f"{f' beside a prompt of {prompt} vectors' if prompt else ''}"
+        )
     return asked
 
 

@@ -99,6 +99,8 @@ class CausalLM(TokenLoss):
             rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         else:
             rows = [tokenizer(p)["input_ids"] for p in column(examples, "prompt" if "prompt" in present else "text")]
+        if [] in rows:
+            raise GraftError(f"prompt {rows.index([])} has no token to go on from: give it at least one word")
         longest = max(map(len, rows))
         batch = {
             "input_ids": torch.tensor([[self.pad] * (longest - len(r)) + r for r in rows]),
