@@ -1,6 +1,7 @@
 """From names to a trained adapter, and from a saved one to a model that answers: what the commands do, in Python."""
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,8 @@ def load_adapted(
         model, objective=task.get("objective"), labels=labels, config=None if labels else task.get("config"),
         dtype=dtype, device=device, revision=revision,
     )  # fmt: skip
+    if adapter is None and objective and base.heads:
+        warnings.warn(f"{base.name} has no {', '.join(base.heads)}: a new one, not trained, answers", stacklevel=2)
     if adapter is not None:
         files.load(base.model, adapter, allow_other_base=allow_other_base)
     base.max_length = task.get("max_length")

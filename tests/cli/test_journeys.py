@@ -66,6 +66,12 @@ def test_predictions_are_those_of_the_model(graft, house, classifier, tmp_path):
     assert "liked" in graft("predict", house / "bert", "--adapter", classifier, *texts).out
 
 
+def test_an_untrained_classifier_says_so(graft, house, classifier):
+    asked = ["--text", "the film was good", "--objective", "classification"]
+    assert "classifier: a new one, not trained" in graft("predict", house / "bert", *asked).err
+    assert graft("predict", house / "bert", "--adapter", classifier, *asked).err == ""
+
+
 def test_a_merged_classifier_answers_as_the_adapted_one(graft, house, classifier, tmp_path):
     report = graft("merge", house / "bert", "--adapter", classifier, "--output", tmp_path / "plain", "--json").json
     assert report["dtype"] == "float32" and report["modules"] == len(report["lost"]) == 14

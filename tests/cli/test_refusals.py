@@ -77,6 +77,10 @@ CASES = {
         ["eval", "{house}/bert", "--adapter", "{classifier}", "--data", "{house}/reviews.jsonl", "--device", "tpu9"],
         "device 'tpu9' cannot be used",
     ),
+    "a base without outputs": (
+        ["eval", "{house}/bert", "--data", "{house}/reviews.jsonl"],
+        "has no outputs for a task",
+    ),
     "nothing to predict": (["predict", "{house}/bert", "--adapter", "{classifier}"], "--data FILE or --text TEXT"),
     "a classifier that should write": (
         ["generate", "{house}/bert", "--adapter", "{classifier}", "--prompt", "x"],

@@ -229,7 +229,11 @@ class Adapter:
                     f"{recipe} needs the statistic {missing[0]} at {site.path or 'the model'}: "
                     f"pass stats=graft.collect(model, data, needs={missing!r}, targets=...)"
                 )
-        inside = {id(m): f"it belongs to the head {path}" for path, head in self.heads for m in head.modules()}
+        inside = {
+            id(m): f"it belongs to the head {path}, which is trained whole"
+            for path, head in self.heads
+            for m in head.modules()
+        }
         reasons = {s.path: inside.get(id(s.module)) or cls.refuses(s) for s in sites}
         refused = {path: reason for path, reason in reasons.items() if reason}
         if refused and (len(refused) == len(sites) or not is_preset(targets)):

@@ -129,7 +129,12 @@ def guess(examples: Examples) -> type[Objective]:
 def outputs_of(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
     """The logits of one forward pass, of a transformers model or of any module that returns them."""
     out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
-    return out if torch.is_tensor(out) else out.logits
+    logits = out if torch.is_tensor(out) else getattr(out, "logits", None)
+    if logits is None:
+        raise GraftError(
+            f"{type(model).__name__} has no outputs for a task: load it for one, such as objective='classification'"
+        )
+    return logits
 
 
 def on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
