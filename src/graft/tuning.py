@@ -100,9 +100,13 @@ def tune(
     base.max_length = training.get("max_length")
     base.model.eval()
     if place and run:
-        adapter.save(place, base_model=base.name)
-        for kept in (p for p in run.iterdir() if not p.name.startswith((".", "checkpoint-"))):
-            kept.rename(place / kept.name)
+        # Made whole inside the run's folder and renamed: a run that is killed here can still be resumed.
+        whole, kept = run / place.name, [p for p in run.iterdir() if not p.name.startswith((".", "checkpoint-"))]
+        shutil.rmtree(whole, ignore_errors=True)
+        adapter.save(whole, base_model=base.name)
+        for file in (p for p in kept if p != whole):
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, whole / file.name)
+        whole.rename(place)
         shutil.rmtree(run)
     return Tuned(base, adapter, result)
 

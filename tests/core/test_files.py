@@ -533,7 +533,7 @@ REFUSED = {
     "a pattern for a path": (lambda c: c.update(modules=[".*"]), "no module"),
     "the model itself": (lambda c: c.update(modules=[""]), "the model"),
     "a module of the wrong kind": (lambda c: c["modules"].append("inner.norm"), "norm"),
-    "a head that is a target": (lambda c: c.update(heads=["inner"]), "weights"),
+    "a head that is a target": (lambda c: c.update(heads=["inner"]), "belongs to the head"),
     "a seed of too many bits": (lambda c: c.update(seed=2**70), "seed"),
     "an unknown dtype": (lambda c: c.update(dtype="float3"), "float3"),
 }

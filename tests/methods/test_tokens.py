@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import graft
+import models
 
 transformers = pytest.importorskip("transformers")
 BOTH = ["embed_tokens", "lm_head"]
@@ -154,3 +155,27 @@ def test_a_head_with_a_bias_keeps_it():
 def test_ids_that_are_no_rows_are_refused(tokens):
     with pytest.raises(graft.GraftError, match=r"tokens must be different ids below 12 at model.embed_tokens"):
         graft.attach(llama(), graft.Tokens(tokens=tokens), "embed_tokens")
+
+
+def test_new_tokens_load_onto_a_base_resized_anew(tmp_path):
+    """The new rows are random at each resize, and replaced: they are no part of what tells the base."""
+
+    def resized(seed):
+        model = models.llama(tie_word_embeddings=True)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(53, mean_resizing=False)
+        return model
+
+    ids = torch.tensor([[1, 50, 2, 52, 51]])
+    model = resized(3)
+    models.move(graft.attach(model, graft.Tokens(tokens=(50, 51, 52)), name="words"))
+    models.move(graft.attach(model, "lora", "q_proj", name="style"))
+    for name, adapter in graft.adapters(model).items():
+        adapter.save(tmp_path / name)
+    for order in (["words", "style"], ["style", "words"]):
+        again = resized(9)
+        for name in order:
+            graft.load(again, tmp_path / name)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(graft.GraftError, match="has other weights"):
+        graft.load(models.llama(tie_word_embeddings=True, seed=1), tmp_path / "style")

@@ -60,6 +60,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which the method is right
     targets: Any = "all-linear"  # where it goes unless the user says otherwise
     needs: tuple[str, ...] = ()  # statistics it may be built from, see statistics.py and `asks`
+    brings_rows = False  # it replaces rows which a base loaded anew draws at random: no part of the base's fingerprint
     starts_as_base = True  # whether the adapted model computes what the base computes before training
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
     per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart

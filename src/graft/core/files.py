@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..version import __version__
 from . import peft
-from .adapter import Adapter, registry, unwrapped
+from .adapter import Adapter, adapters, registry, unwrapped
 from .card import HUB_ID, card, class_name
 from .delta import Delta, base_modules, is_finite
 from .errors import GraftError
@@ -110,7 +110,7 @@ def load(
     else:
         saved = _from_graft(config, tensors)
         if not allow_other_base:
-            _check_base(model, config, saved.heads)
+            _check_base(model, config)
     adapter = _build(model, saved, name or saved.name)
     adapter.load_state_dict(saved.tensors)
     adapter.task = saved.task
@@ -140,6 +140,9 @@ class Saved:
 
 def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
     recipe, heads = adapter.recipe, [path for path, _ in adapter.heads]
+    others = adapters(adapter.model).values()
+    without = [p for a in (adapter, *others) if a.recipe.method.brings_rows for p in a.deltas if p not in heads]
+    without = sorted({*heads, *without})
     targets = adapter.targets
     return {
         "format": "graft",
@@ -156,7 +159,8 @@ def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         "dtype": str(_dtype(adapter)).removeprefix("torch."),
         "base_model": base,
         "base_class": class_name(adapter.model),
-        "base_fingerprint": fingerprint(adapter.model, heads),
+        "base_fingerprint": fingerprint(adapter.model, without),
+        "fingerprint_without": without,
         "task": adapter.task,
     }
 
@@ -187,6 +191,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "base_model": (str, type(None)),
     "base_class": (str,),
     "base_fingerprint": (str, type(None)),
+    "fingerprint_without": (list,),
     "task": (dict,),
 }
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -212,7 +217,9 @@ def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         )
     modules, heads = config["modules"], config["heads"]
     paths = [*modules, *heads]
-    if not all(isinstance(path, str) for path in paths) or len(set(paths)) < len(paths):
+    if not all(isinstance(path, str) for path in (*paths, *config["fingerprint_without"])) or len(set(paths)) < len(
+        paths
+    ):
         raise GraftError(f"{CONFIG}: modules and heads must be paths of modules, each of them once")
     if not modules:
         raise GraftError(f"{CONFIG}: modules names no module")
@@ -267,8 +274,8 @@ def _value(cls: type[Delta], name: str, value: Any, modules: list[str]) -> Any:
     return tuple(value) if isinstance(value, list) and known and tuple in known.kinds else value
 
 
-def _check_base(model: nn.Module, config: dict[str, Any], heads: list[str]) -> None:
-    here = fingerprint(model, heads)
+def _check_base(model: nn.Module, config: dict[str, Any]) -> None:
+    here = fingerprint(model, config["fingerprint_without"])
     there = config["base_fingerprint"]
     if here is None or there is None:
         warnings.warn(

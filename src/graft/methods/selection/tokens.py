@@ -72,6 +72,7 @@ class Tokens(Delta, name="tokens"):
     )
     hosts = ("embedding", "linear")
     targets = "tokens"
+    brings_rows = True
     small = dict(tokens=(1, 3, 6))
     peft = _TokensPeft(
         "TRAINABLE_TOKENS",
