@@ -86,5 +86,4 @@ if importlib.util.find_spec("adapters"):  # it pins an old transformers: an envi
         "parallel_adapter": _adapters("par_bn[reduction_factor=8]"),
         "loreft": _adapters("loreft[r=4]"),
         "prefix_tuning": _adapters("prefix_tuning_flat[prefix_length=20]"),
-        "prompt_tuning": _adapters("prompt_tuning[prompt_length=20]"),
     }

@@ -89,7 +89,7 @@ def measure(count: int) -> list[dict]:
                 timed(lambda: wrapped[-1].load_adapter(f"{folder}/theirs/a0", "second")),
             )
         )
-    graft.activate(again, "default")
+    graft.activate(again, "a0")
     rows.append(_row("merge", timed(lambda: wrapped.append(graft.merge(again))), timed(other_merge(wrapped[1]))))
     rows.append(_row("undo the merge", timed(wrapped[-1].undo), timed(wrapped[1].unmerge_adapter)))
     rows.append(_row("detach one", timed(made[0].detach), timed(lambda: model.delete_adapter("a0"))))

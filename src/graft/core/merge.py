@@ -97,7 +97,7 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
         if not is_finite(exact.values()):
             raise GraftError(f"merging {deltas[-1].name} at {path} gives NaN or infinity: nothing was merged")
         lost[path] = max(rounding_loss(exact[k], p, p.dtype) for k, p in own.items())
-        values[path] = {k: exact[k].to(p.dtype).clone() for k, p in own.items()}
+        values[path] = {k: _apart(exact[k].to(p.dtype), p) for k, p in own.items()}
     worst = max(lost, key=lambda p: lost[p], default=None)
     if worst is not None and lost[worst] > SWALLOWED:
         count = sum(v > SWALLOWED for v in lost.values())
@@ -109,6 +109,12 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
             stacklevel=3,
         )
     return values, lost
+
+
+def _apart(value: Tensor, own: Tensor) -> Tensor:
+    """`value` in a storage of its own: what a method leaves as it is would be the base's."""
+    same = value.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    return value.clone() if same or not value.is_contiguous() else value
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -504,7 +504,8 @@ class QuantisedSite(LinearSite):
 
 def rounding_loss(exact: Tensor, before: Tensor, dtype: torch.dtype) -> float:
     """The share of the change exact - before that storing it as `dtype` loses: ||round(W') - W'|| / ||W' - W||."""
-    exact, before = exact.double(), before.double()
+    if exact.dtype == dtype:
+        return 0.0
     change = torch.linalg.vector_norm(exact - before).item()
-    lost = torch.linalg.vector_norm(exact.to(dtype).double() - exact).item()
+    lost = torch.linalg.vector_norm(exact.to(dtype) - exact).item()
     return lost / change if change and math.isfinite(change) else 0.0

@@ -75,4 +75,5 @@ class LoRA(Delta, name="lora"):
         return self.site.add_up(inner(x), self.scaling * self.site.down(z, self.A), self.B)
 
     def weight(self, w):
-        return w + self.scaling * self.B @ self.A
+        wide = torch.promote_types(w.dtype, self.B.dtype)
+        return torch.addmm(w.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scaling)
