@@ -72,6 +72,7 @@ def _adapters(config):
         adapters.init(model)
         model.add_adapter("one", config=config)
         model.train_adapter("one")
+        model.set_active_adapters("one")
         return model
 
     return build
@@ -80,7 +81,6 @@ def _adapters(config):
 ADAPTERS = {}
 if importlib.util.find_spec("adapters"):  # it pins an old transformers: an environment of its own
     ADAPTERS = {
-        "lora": _adapters("lora[r=8,alpha=16]"),
         "houlsby": _adapters("double_seq_bn[reduction_factor=8]"),
         "pfeiffer": _adapters("seq_bn[reduction_factor=8]"),
         "parallel_adapter": _adapters("par_bn[reduction_factor=8]"),

@@ -1,21 +1,22 @@
 """Attach, switch, save, load, merge and detach, against PEFT, in one run.
 
-python benchmarks/lifecycle.py [--adapters 32] [--json FILE]
+python benchmarks/lifecycle.py [--adapters 32] [--rounds 7] [--json FILE]
 """
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
@@ -69,35 +70,49 @@ def measure(count: int) -> list[dict]:
         _row(f"attach the last ({count})", attach_ours[-1], attach_theirs[-1]),
         _row(f"switch among {count}", switch_ours, switch_theirs),
     ]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        rows.append(
-            _row(
-                "save one",
-                timed(lambda: made[0].save(f"{folder}/ours")),
-                timed(lambda: model.save_pretrained(f"{folder}/theirs", selected_adapters=["a0"])),
-            )
-        )
-        again, other = base(), base()
-        assert load_file(Path(folder, "ours", "adapter_model.safetensors"))
-        loads_ours = timed(lambda: graft.load(again, f"{folder}/ours"))
-        loads_theirs = timed(lambda: wrapped.append(peft.PeftModel.from_pretrained(other, f"{folder}/theirs/a0")))
-        rows.append(_row("load into a fresh model", loads_ours, loads_theirs))
-        rows.append(
-            _row(
-                "load another",
-                timed(lambda: graft.load(again, f"{folder}/ours", name="second")),
-                timed(lambda: wrapped[-1].load_adapter(f"{folder}/theirs/a0", "second")),
-            )
-        )
-    graft.activate(again, "a0")
-    rows.append(_row("merge", timed(lambda: wrapped.append(graft.merge(again))), timed(other_merge(wrapped[1]))))
-    rows.append(_row("undo the merge", timed(wrapped[-1].undo), timed(wrapped[1].unmerge_adapter)))
     rows.append(_row("detach one", timed(made[0].detach), timed(lambda: model.delete_adapter("a0"))))
     return [r for r in rows if r]
 
 
-def other_merge(model):
-    return lambda: model.merge_adapter(["default"])
+def measure_files(rounds: int) -> list[dict]:
+    """Saving, loading and merging one adapter: medians over rounds in turns, each on fresh models."""
+    times: dict[str, tuple[list[float], list[float]]] = {}
+
+    def record(what: str, ours, theirs) -> None:
+        both = times.setdefault(what, ([], []))
+        both[0].append(timed(ours))
+        both[1].append(timed(theirs))
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        adapter = graft.attach(base(), graft.LoRA(rank=8), TARGETS)
+        wrapped = peft.get_peft_model(base(), config)
+        for i in range(rounds):
+            ours, theirs = f"{folder}/ours{i}", f"{folder}/theirs{i}"
+            record("save", partial(adapter.save, ours), partial(wrapped.save_pretrained, theirs))
+            mine, other, kept = base(), base(), []
+            gc.collect()
+            record(
+                "load into a fresh model",
+                partial(graft.load, mine, ours),
+                lambda other=other, theirs=theirs, kept=kept: kept.append(
+                    peft.PeftModel.from_pretrained(other, theirs)
+                ),
+            )
+            loaded = kept[0]
+            record(
+                "load another beside it",
+                partial(graft.load, mine, ours, name="second"),
+                partial(loaded.load_adapter, theirs, "second"),
+            )
+            graft.activate(mine, "default")
+            record("merge", lambda mine=mine, kept=kept: kept.append(graft.merge(mine)), loaded.merge_adapter)
+            record("undo the merge", kept[-1].undo, loaded.unmerge_adapter)
+    return [_row(what, statistics.median(a), statistics.median(b)) for what, (a, b) in times.items()]
+
+
+def load_theirs(model, folder: str, kept: list) -> None:
+    kept.append(peft.PeftModel.from_pretrained(model, folder))
 
 
 def _row(what: str, ours: float, theirs: float) -> dict:
@@ -107,11 +122,12 @@ def _row(what: str, ours: float, theirs: float) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7, help="of saving, loading and merging")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = measure(args.adapters)
+    rows = measure_files(args.rounds) + measure(args.adapters)
     print(
         "LoRA of rank 8 on the 56 linear layers of a Llama of 8 layers, width 512. "
         f"{machine()}, peft {peft.__version__}\n"
