@@ -10,7 +10,7 @@ from ._output import Json, print_json, print_table, working
 def methods(
     family: Annotated[
         str | None,
-        typer.Option(metavar="FAMILY", help="Only this family: weight, activation, prompt, selection, output, other."),
+        typer.Option(metavar="FAMILY", help="Only this family: weight, activation, prompt, selection, other."),
     ] = None,
     as_json: Json = False,
 ) -> None:
