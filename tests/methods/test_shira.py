@@ -168,3 +168,12 @@ def test_few_entries_have_second_derivatives():
         return torch.func.functional_call(model, {"0.deltas.default.value": value}, (x,)).sin()
 
     assert torch.autograd.gradgradcheck(run, (delta.value.detach().requires_grad_(), x))
+
+
+def test_positions_that_do_not_rise_are_refused_where_their_order_counts():
+    g, x = torch.randn(3, 4), torch.randn(3, 5)
+    rising = torch.tensor([1, 7, 19])
+    sampled = torch.ops.graft.sampled_product
+    torch.testing.assert_close(sampled(g, x, rising), (g.T @ x).flatten()[rising])
+    with pytest.raises(RuntimeError):
+        sampled(g, x, torch.tensor([2, 1, 19]))
