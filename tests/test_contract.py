@@ -266,7 +266,7 @@ def test_saved_and_loaded_is_bit_identical(name, host, tmp_path):
     adapted, adapter = adapt(name, model, target, x)
     adapter.save(tmp_path / "adapter")
     again = copy.deepcopy(model).eval()
-    loaded = graft.load(again, tmp_path / "adapter")
+    loaded = graft.load(again, tmp_path / "adapter", trainable=True)  # torch folds products by this flag
     assert torch.equal(run(again, x), run(adapted, x))
     assert loaded.recipe.hyper == adapter.recipe.hyper
     loaded.detach()
@@ -290,7 +290,7 @@ def test_compiles_to_one_graph_once(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "linear" in METHODS[n].hosts and n != "full"])
 def test_no_full_size_matrix_is_kept_for_backward(name):
-    if METHODS[name].forward is Delta.forward:
+    if METHODS[name].forward is Delta.forward and METHODS[name].act is Delta.act:
         pytest.skip("has no activation path: W' is a function of W")
     model = Model(nn.Linear(BIG, BIG + 32))
     x = torch.randn(2, 3, BIG, requires_grad=True)

@@ -80,7 +80,43 @@ class Delta(nn.Module, metaclass=_MethodType):
             object.__setattr__(self, key, value)  # plain references, never registered here
 
     def forward(self, inner, x):
-        return self.site.apply(x, self.weight(inner.weight), self.bias(inner.bias))
+        return self.act(inner, x, *self.prepared(inner))
+
+    def prepare(self, inner) -> tuple[Tensor | None, ...]:
+        """What `act` computes with and weights alone decide; pure. By default W' and b'."""
+        return self.weight(inner.weight), self.bias(inner.bias)
+
+    def act(self, inner, x, *prepared):
+        """y from x and what `prepare` gave; of the delta itself it reads settings only, no tensors."""
+        return self.site.apply(x, *prepared)
+
+    def prepared(self, inner) -> tuple[Tensor | None, ...]:
+        """`prepare(inner)`, kept in inference while the adapter is frozen, until a tensor it may come from changes.
+
+        Not kept: what together is as large as the host's matrix. A change that goes past the counters of torch
+        (`p.data.add_(...)`) is not seen, which is why nothing is kept while a parameter may be trained.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.__dict__.pop("_kept", None)
+            return self.prepare(inner)
+        state = tensor_state(self.sources(inner))
+        kept = self.__dict__.get("_kept")
+        if kept is not None and kept[0] == state:
+            return self.prepare(inner) if kept[1] is None else kept[1]
+        made = self.prepare(inner)
+        if state is not None:
+            small = sum(t.numel() for t in made if t is not None) < self.site.weight.numel()
+            self.__dict__["_kept"] = state, made if small else None
+        return made
+
+    def sources(self, inner=None) -> list[dict[str, Any]]:
+        """The dictionaries of tensors from which `prepare` computes: its own, what sites share, and those of inner."""
+        own = [d for m in self.modules() for d in (m._parameters, m._buffers)]
+        shared = [] if self.shared is None else [d for m in self.shared.modules() for d in (m._parameters, m._buffers)]
+        return own + shared + ([] if inner is None else inner.sources())
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""
 
     def weight(self, w: Tensor) -> Tensor:
         """W' for the matrix w [out, in]; pure. Not for deltas of activations."""
@@ -155,6 +191,9 @@ class Host:
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
+    def sources(self) -> list[dict[str, Any]]:
+        return [self.site.module._parameters, self.site.module._buffers]
+
     weight = property(lambda self: self.site.weight)
     bias = property(lambda self: self.site.bias)
 
@@ -167,6 +206,9 @@ class Link:
 
     def __call__(self, *args, **kwargs):
         return self.delta(self.inner, *args, **kwargs)
+
+    def sources(self) -> list[dict[str, Any]]:
+        return self.delta.sources(self.inner)
 
     weight = property(lambda self: self.delta.weight(self.inner.weight))
     bias = property(lambda self: self.delta.bias(self.inner.bias))
@@ -319,6 +361,18 @@ def base_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
             if p is not None:
                 found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
     return dict(found.values())
+
+
+def tensor_state(sources: list[dict[str, Any]]) -> list | None:
+    """What changes when a tensor of `sources` is changed or replaced; None where one may be trained."""
+    state = []
+    for tensors in sources:
+        for t in tensors.values():
+            if t is not None:
+                if t.requires_grad:
+                    return None
+                state += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
+    return state
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:

@@ -66,10 +66,12 @@ class DoRA(Delta, name="dora"):
         square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
         return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
 
-    def forward(self, inner, x):
-        y = self.low(inner, x)
+    def prepare(self, inner):
         gain = self.m / self.norm(inner.weight) - 1  # as a difference: exact at the start, in half precision too
-        return self.site.rescale(y, gain, inner.bias)
+        return *self.low.factors(), gain, inner.bias
+
+    def act(self, inner, x, A, B, gain, bias):
+        return self.site.rescale(self.low.act(inner, x, A, B), gain, bias)
 
     def weight(self, w):
         return (self.m / self.norm(w))[:, None] * self.low.weight(w)

@@ -70,9 +70,15 @@ class LoRA(Delta, name="lora"):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
 
-    def forward(self, inner, x):
+    def factors(self):
+        return self.A, self.scaling * self.B
+
+    def prepare(self, inner):
+        return self.factors()
+
+    def act(self, inner, x, A, B):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.site.add_up(inner(x), self.scaling * self.site.down(z, self.A), self.B)
+        return self.site.add_up(inner(x), self.site.down(z, A), B)
 
     def weight(self, w):
         wide = torch.promote_types(w.dtype, self.B.dtype)

@@ -109,10 +109,13 @@ class OFT(Delta, name="oft"):
                 series = eye + Q @ series
             return series + Q @ series
 
-    def forward(self, inner, x):
-        if self.site.kind != "linear":  # the inputs of a convolution are patches, which overlap
-            return super().forward(inner, x)
-        return inner(_turned(x, self.rotation().to(x.dtype)))
+    def prepare(self, inner):  # the inputs of a convolution are patches, which overlap
+        return (self.rotation(),) if self.site.kind == "linear" else super().prepare(inner)
+
+    def act(self, inner, x, *prepared):
+        if self.site.kind != "linear":
+            return super().act(inner, x, *prepared)
+        return inner(_turned(x, prepared[0].to(x.dtype)))
 
     def weight(self, w):
         R = self.rotation()
