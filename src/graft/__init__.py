@@ -31,6 +31,7 @@ _PUBLIC = {
     "save": "core.files",
     "load": "core.files",
     "fingerprint": "core.files",
+    "verify": "core.verify",
     "merge": "core.merge",
     "merged_state_dict": "core.merge",
     "fit": "training",
