@@ -32,7 +32,7 @@ def _facts(part: files.Part) -> dict[str, Any]:
     return {
         "format": "peft" if theirs else "graft",
         "name": part.name or config.get("name"),
-        "active": part.active,
+        **({"active": part.active} if part.name else {}),
         "method": str(config["peft_type"]).lower() if theirs else config.get("method"),
         "base": config.get("base_model_name_or_path" if theirs else "base_model"),
         "base_fingerprint": config.get("base_fingerprint"),

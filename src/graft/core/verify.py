@@ -279,7 +279,7 @@ def _changes_tensors(delta: Delta) -> bool:
     return delta.place == "forward" and delta.site.kind in READ
 
 
-def _place(t: Tensor) -> tuple[int, int, int] | None:
+def _place(t: Tensor) -> tuple[Any, Any, Any] | None:
     """The storage of a tensor and the bytes in it between which it lies; None if it has none of its own."""
     try:
         storage, begin = t.untyped_storage()._cdata, t.storage_offset()
