@@ -11,12 +11,16 @@ from .core.site import kind_of
 from .models import skeleton
 
 
-def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """What an adapter is, in our format or in Hugging Face PEFT's: its configuration and the sizes of its tensors."""
+def adapter_facts(folder: str | Path, revision: str | None = None) -> list[dict[str, Any]]:
+    """What the adapters in a folder are, in our format or in Hugging Face PEFT's, innermost first."""
+    return [_facts(part) for part in files.parts(folder, revision)]
+
+
+def _facts(part: files.Part) -> dict[str, Any]:
+    """The configuration of an adapter and the sizes of its tensors."""
     import safetensors
 
-    config = files.read_config(folder, revision)
-    file = files.tensors_file(folder, revision)
+    config, file = part.config(), part.file()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -27,6 +31,8 @@ def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, 
     theirs = "peft_type" in config
     return {
         "format": "peft" if theirs else "graft",
+        "name": part.name or config.get("name"),
+        **({"active": part.active} if part.name else {}),
         "method": str(config["peft_type"]).lower() if theirs else config.get("method"),
         "base": config.get("base_model_name_or_path" if theirs else "base_model"),
         "base_fingerprint": config.get("base_fingerprint"),

@@ -638,7 +638,9 @@ def test_an_id_is_looked_up_on_the_hub_without_pickles(good, monkeypatch):
     model = net()
     graft.load(model, "some-org/some.adapter", revision="v2")
     assert torch.equal(model(X), expected())
-    assert asked == [("some-org/some.adapter", {"revision": "v2", "allow_patterns": [CONFIG, TENSORS]})]
+    assert asked == [
+        ("some-org/some.adapter", {"revision": "v2", "allow_patterns": ["adapters.json", CONFIG, TENSORS]})
+    ]
 
 
 @pytest.mark.parametrize("place", ["nothing", "./a/b", "/a/b", "a/b/c", "../a", "a\\b", "", "org/name\n", "~/x"])
