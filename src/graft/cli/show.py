@@ -11,12 +11,12 @@ from ._settings import split
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder, or a model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter (folder or file), or a model.")],
     targets: Annotated[str | None, typer.Option(help="Of a model: the modules that these targets pick.")] = None,
     method: Annotated[str, typer.Option(help="Of a model: for which method.")] = "lora",
     as_json: Json = False,
 ) -> None:
-    """Show all about a method, what an adapter folder holds, or the modules of a model that targets pick."""
+    """Show all about a method, what an adapter holds, or the modules of a model that targets pick."""
     with working():
         kind, facts = _facts(name, targets, method)
     if as_json:
@@ -59,7 +59,7 @@ def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
     from ..training.messages import nearest
 
     folder = Path(name).expanduser()
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").exists() or (folder.is_file() and folder.suffix == ".safetensors"):
         return "adapter", adapter_facts(folder)
     if folder.is_dir() or name in ships() or "/" in name:
         return "model", model_facts(name, targets and split(targets), method)

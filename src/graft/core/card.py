@@ -11,6 +11,7 @@ from .hyper import hyperparameters
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .formats import Format
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -20,11 +21,11 @@ def class_name(model: nn.Module) -> str:
     return getattr(model, "host_class", type(model)).__name__
 
 
-def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
+def card(adapter: "Adapter", base: str | None, form: "Format", title: str) -> str:
     """README.md, with the front matter that hubs read."""
     cls, recipe, model = adapter.recipe.method, adapter.recipe, adapter.model
     on_hub = base is not None and HUB_ID.fullmatch(base) and not os.path.exists(base)
-    front = {"library_name": format, "tags": f"[{', '.join(dict.fromkeys((format, cls.name, 'adapter')))}]"}
+    front = {"library_name": form.library, "tags": f"[{', '.join(dict.fromkeys((form.name, cls.name, 'adapter')))}]"}
     if on_hub:
         front |= {"base_model": base, "base_model_relation": "adapter"}
     kind = class_name(model)
@@ -56,7 +57,7 @@ def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
         *make,
         f"graft.load(model, {title!r})",
         "```",
-        *(["", f"Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."] * (format == "peft")),
+        *(["", form.loading.format(title=title)] if form.loading else []),
         "",
         "## Hyperparameters",
         "",

@@ -1,5 +1,7 @@
 """An adapter as a folder: adapter_model.safetensors, adapter_config.json and a model card, README.md.
 
+Formats of other libraries are in formats/: other names of files, or one file alone.
+
 Nothing is ever unpickled, nothing is half-written, and a file that cannot be loaded leaves the model as it was.
 """
 
@@ -10,7 +12,6 @@ import secrets
 import shutil
 import warnings
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from . import peft
+from . import formats
 from .adapter import Adapter, adapters, registry, unwrapped
 from .card import HUB_ID, card, class_name
 from .delta import Delta, base_modules, is_finite
 from .errors import GraftError
 from .fingerprint import fingerprint
+from .formats import CONFIG, FORMATS, TENSORS, Format, Saved, as_json, packed
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe, method
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
 FORMAT = 1  # raised when the layout of the folder changes
-FORMATS = ("graft", "peft")
 MOST_CONFIG = 2**26  # bytes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def save(
@@ -42,15 +44,18 @@ def save(
     base_model: str | None = None,
     format: str = "graft",
 ) -> None:
-    """Write `adapter` as a folder.
+    """Write `adapter` as a folder, or as one file where the format is one.
 
     overwrite   replace an adapter that is there already (never a folder which holds anything else)
     base_model  the base's id on the Hugging Face hub or its folder; left out, what its configuration says
-    format      "graft", or "peft" for Hugging Face PEFT, wherever PEFT has the method
+    format      "graft", or that of another library wherever it has the method: "peft" (Hugging Face PEFT), "vllm" (a
+                LoRA that vLLM serves), "adapters" (the library of AdapterHub), "lycoris" or "kohya" (one .safetensors
+                file)
 
-    The folder is written beside its place and renamed: it is complete, or it is not there. GraftError if the place is
-    taken, if a tensor holds NaN or infinity, or if PEFT has no such method.
+    What is written is written beside its place and renamed: it is complete, or it is not there. GraftError if the
+    place is taken, if a tensor holds NaN or infinity, or if the other library computes nothing of the kind.
     """
+    formats.load()
     if format not in FORMATS:
         raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
     if found := registry(adapter.model):
@@ -60,24 +65,11 @@ def save(
         broken = next(key for key, value in state.items() if not is_finite([value]))
         raise GraftError(f"{broken} holds NaN or infinity: nothing was saved")
     base = base_model or getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None
-    if format == "peft":
-        config, state = peft.write(adapter)
-        config["base_model_name_or_path"] = base
-        tensors = _bytes(state)
-    else:
-        tensors = _bytes(state)
-        config = _config(adapter, base) | {"tensors_crc32": zlib.crc32(tensors)}
-        config["checksum"] = _checksum(config)
-    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(
-        Path(folder),
-        {
-            TENSORS: tensors,
-            CONFIG: text.encode(),
-            CARD: card(adapter, base, format, Path(folder).resolve().name).encode(),
-        },
-        overwrite,
-    )
+    form, place = FORMATS[format], Path(folder)
+    files = form.write(adapter, base)
+    if form.single:
+        return _write_file(place, files[""], overwrite)
+    _write(place, files | {CARD: card(adapter, base, form, place.resolve().name).encode()}, overwrite)
 
 
 def load(
@@ -89,7 +81,7 @@ def load(
     allow_other_base: bool = False,
     revision: str | None = None,
 ) -> Adapter:
-    """Put a saved adapter on `model`: a local folder or an id on the Hugging Face hub, in our format or in PEFT's.
+    """Put a saved adapter on `model`: a local folder or file or an id on the Hugging Face hub, in any format.
 
     name              of the adapter on the model; the one it was saved under if left out
     trainable         go on training it; frozen if left out
@@ -102,15 +94,10 @@ def load(
     if found := registry(model):
         found.check_unmerged()
     place = _locate(folder, revision)
-    config = read_config(place)
-    tensors = _read_tensors(place, config.get("tensors_crc32"))
-    if "peft_type" in config:
-        recipe, modules, heads, state = peft.read(model, config, tensors)
-        saved = Saved(recipe, modules, heads, state, targets=config.get("target_modules"))
-    else:
-        saved = _from_graft(config, tensors)
-        if not allow_other_base:
-            _check_base(model, config)
+    form, config = _recognised(place)
+    saved = form.read(model, _read(place, form, config))
+    if config is not None and form.name == "graft" and not allow_other_base:
+        _check_base(model, config)
     adapter = _build(model, saved, name or saved.name)
     adapter.load_state_dict(saved.tensors)
     adapter.task = saved.task
@@ -120,19 +107,30 @@ def load(
     return adapter
 
 
-@dataclass
-class Saved:
-    """What a folder holds, in either format."""
+class _Graft(Format, name="graft"):
+    """Our own folder."""
 
-    recipe: Recipe
-    modules: list[str]
-    heads: list[str]
-    tensors: dict[str, Tensor]  # as in Adapter.state_dict
-    targets: Any = None  # as the user gave them
-    name: str = "default"
-    seed: int = 0
-    dtype: torch.dtype | None = None
-    task: dict[str, Any] = field(default_factory=dict)
+    library = "graft"
+
+    def recognises(self, config):
+        return config is not None and config.get("format") == "graft"
+
+    def read(self, model, parts):
+        return _from_graft(parts[CONFIG], parts[TENSORS])
+
+    def write(self, adapter, base):
+        tensors = packed(adapter.state_dict())
+        config = _config(adapter, base) | {"tensors_crc32": zlib.crc32(tensors)}
+        return {TENSORS: tensors, CONFIG: as_json(config | {"checksum": _checksum(config)})}
+
+    def facts(self, config, keys):
+        return {
+            "method": config.get("method"),
+            "base": config.get("base_model"),
+            "base_fingerprint": config.get("base_fingerprint"),
+            "sites": len(config.get("modules", ())) or None,
+            "heads": config.get("heads") or [],
+        }
 
 
 # The configuration
@@ -199,8 +197,6 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 
 def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     """Check a configuration in our format, entry by entry."""
-    if config.get("format") != "graft":
-        raise GraftError(f'{CONFIG} is neither graft\'s ("format": "graft") nor PEFT\'s ("peft_type": ...)')
     version = config.get("format_version")
     if isinstance(version, int) and version > FORMAT:
         raise GraftError(f"{CONFIG} has format {version}, here {FORMAT} is the latest: upgrade graft{_writer(config)}")
@@ -329,12 +325,14 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
 
 
 def _locate(folder: str | os.PathLike, revision: str | None) -> Path:
-    """The folder of an adapter; an id of the hub is fetched, if no local folder is called so."""
+    """The folder or file of an adapter; an id of the hub is fetched, if no local folder is called so."""
+    formats.load()
     place = Path(folder)
-    if place.is_dir():
+    if place.is_dir() or (place.is_file() and place.suffix == ".safetensors"):
         return place
     if place.exists():
-        raise GraftError(f"{place} is a file: an adapter is a folder with {CONFIG} and {TENSORS}")
+        hint = "; it is a pickle, which is never read: convert it to safetensors" if place.suffix in PICKLES else ""
+        raise GraftError(f"{place} is no .safetensors file, nor a folder with {CONFIG}{hint}")
     if not HUB_ID.fullmatch(str(folder)):
         raise GraftError(f"there is no folder {str(place)!r}")
     try:
@@ -342,7 +340,8 @@ def _locate(folder: str | os.PathLike, revision: str | None) -> Path:
     except ImportError:
         raise GraftError(f"there is no folder {str(place)!r}; to look on the hub, install huggingface-hub") from None
     try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG, TENSORS]))
+        wanted = sorted({name for form in FORMATS.values() for name in (*form.files, *form.optional)})
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
     except Exception as error:  # of several libraries: no network, no such repository, no access, no such revision
         raise GraftError(
             f"there is no folder {str(place)!r}, and the Hugging Face hub did not give an adapter of that name: "
@@ -354,7 +353,7 @@ def _file(place: Path, name: str) -> Path:
     """A file of the folder itself: no link leads out of it, save the hub cache's to its own store."""
     file, root = place / name, place.resolve()
     if not file.exists():
-        pickled = [f for f in ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin") if (place / f).exists()]
+        pickled = sorted(f.name for f in place.glob("*") if f.suffix in PICKLES) if place.is_dir() else []
         hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
         raise GraftError(f"{place} holds no {name}{hint}")
     real = file.resolve()
@@ -364,10 +363,35 @@ def _file(place: Path, name: str) -> Path:
     return real
 
 
-def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of a saved adapter, in our format or PEFT's, as it stands: nothing of it is checked."""
-    file = _file(_locate(folder, revision), CONFIG)
+def _recognised(place: Path) -> tuple[Format, dict[str, Any] | None]:
+    """The format of a folder, with its configuration, or of a single file."""
+    config = read_config(place) if place.is_dir() else None
+    for form in FORMATS.values():
+        if form.recognises(config):
+            return form, config
+    raise GraftError(f"{place / CONFIG} is of no format that is known here ({', '.join(FORMATS)})")
 
+
+def _read(place: Path, form: Format, config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Tensors and JSON objects of a saved adapter, by file."""
+    if config is None:
+        return {"": _read_tensors(place)}
+    names = [name for name in form.optional if (place / name).exists()]
+    parts = {CONFIG: config}
+    for name in {*form.files, *names} - {CONFIG}:
+        file = _file(place, name)
+        crc32 = config.get("tensors_crc32") if form.name == "graft" else None
+        parts[name] = _read_json(file) if name.endswith(".json") else _read_tensors(file, crc32)
+    return parts
+
+
+def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a saved adapter as it stands, {} of a single file: nothing of it is checked."""
+    place = _locate(folder, revision)
+    return _read_json(_file(place, CONFIG)) if place.is_dir() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     def refuse(word: str):
         raise ValueError(f"{word} is no number")
 
@@ -382,13 +406,14 @@ def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[
     return config
 
 
-def tensors_file(folder: str | os.PathLike, revision: str | None = None) -> Path:
-    """The safetensors file of a saved adapter."""
-    return _file(_locate(folder, revision), TENSORS)
+def recognise(folder: str | os.PathLike, revision: str | None = None) -> tuple[Format, dict[str, Any] | None, Path]:
+    """Format, configuration (None of a single file) and tensor file of a saved adapter; nothing of it is checked."""
+    place = _locate(folder, revision)
+    form, config = _recognised(place)
+    return form, config, place if config is None else _file(place, next(n for n in form.files if n != CONFIG))
 
 
-def _read_tensors(place: Path, crc32: Any) -> dict[str, Tensor]:
-    file = _file(place, TENSORS)
+def _read_tensors(file: Path, crc32: Any = None) -> dict[str, Tensor]:
     try:
         content = file.read_bytes()
         if crc32 is not None and zlib.crc32(content) != crc32:
@@ -406,11 +431,6 @@ def _read_tensors(place: Path, crc32: Any) -> dict[str, Tensor]:
 
 
 # Writing
-
-
-def _bytes(state: dict[str, Tensor]) -> bytes:
-    plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-    return safetensors.torch.save(plain, {"format": "pt"})
 
 
 def _write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
@@ -431,10 +451,7 @@ def _write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
     try:
         new.mkdir(parents=True)
         for name, content in files.items():
-            with open(new / name, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _put(new / name, content)
         _flush(new)
         if inside:
             os.rename(folder, old)
@@ -450,6 +467,34 @@ def _write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_file(file: Path, content: bytes, overwrite: bool) -> None:
+    """Write one file: beside its place, flushed to the disk, then renamed."""
+    file = file.resolve()
+    if file.suffix != ".safetensors":
+        raise GraftError(f"this format is a single file: {file.name!r} must end in .safetensors")
+    if file.is_dir():
+        raise GraftError(f"{file} is a folder: choose another place for the adapter")
+    if file.exists() and not overwrite:
+        raise GraftError(f"{file} is there already: pass overwrite=True to replace it")
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _put(new, content)
+        os.replace(new, file)
+        _flush(file.parent)
+    except OSError as error:
+        raise GraftError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _put(file: Path, content: bytes) -> None:
+    with open(file, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _flush(folder: Path) -> None:

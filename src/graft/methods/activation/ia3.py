@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
-from ...core.peft import As, Peft
+from ...core.formats.peft import As, Peft
 from ...core.recipe import ByPath
 
 

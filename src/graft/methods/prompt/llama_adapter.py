@@ -10,7 +10,7 @@ from ...core.attention import Attention
 from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
+from ...core.formats.peft import OWN, As, Peft
 
 
 class _AdaptionPromptPeft(Peft):

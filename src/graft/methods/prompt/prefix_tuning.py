@@ -11,7 +11,7 @@ from ...core.attention import Attention
 from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
-from ...core.peft import OWN, PromptPeft
+from ...core.formats.peft import OWN, PromptPeft
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # rotations which depend on nothing but the position
 

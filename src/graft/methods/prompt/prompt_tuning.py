@@ -7,7 +7,7 @@ from torch import nn
 
 from ...core.delta import Paper
 from ...core.hyper import Range
-from ...core.peft import PromptPeft
+from ...core.formats.peft import PromptPeft
 from ...core.prompt import Prompt
 
 

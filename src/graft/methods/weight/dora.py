@@ -9,7 +9,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
-from ...core.peft import As
+from ...core.formats.peft import As
 from .lora import LoRA
 
 

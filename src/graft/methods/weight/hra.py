@@ -9,7 +9,7 @@ from torch import nn
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
+from ...core.formats.peft import OWN, As, Peft
 
 
 def _square(site, U):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
-from ...core.peft import As, Peft, zero_padded
+from ...core.formats.peft import As, Peft, zero_padded
 
 
 class LoHa(Delta, name="loha"):

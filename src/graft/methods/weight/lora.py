@@ -8,7 +8,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
-from ...core.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
+from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 
 
 def _changes_base(config: dict) -> str | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
-from ...core.peft import As, Peft
+from ...core.formats.peft import As, Peft
 
 
 class _MissPeft(Peft):

@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .delta import METHODS, Delta, base_modules
-from .errors import GraftError
-from .hyper import hyperparameters
-from .recipe import ByPath, Recipe
-from .site import Site, site_for
-from .targets import resolve
+from ..delta import METHODS, Delta, base_modules
+from ..errors import GraftError
+from ..hyper import hyperparameters
+from ..recipe import ByPath, Recipe
+from ..site import Site, site_for
+from ..targets import resolve
+from . import CONFIG, OWN, TENSORS, As, Format, Saved, as_json, packed
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from ..adapter import Adapter
 
 PREFIX = "base_model.model."
 UNREAD = "this adapter in PEFT's format cannot be read"
-OWN = "save it in graft's own format"
 PROMPT = "prompt_embeddings"
 HEAD = "copy."  # where the delta of a head keeps its module
 
@@ -43,20 +43,6 @@ NEUTRAL = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
     "runtime_config",
 }  # fmt: skip
-
-
-def _same(site: Any, value: Tensor) -> Tensor:
-    return value
-
-
-@dataclass(frozen=True)
-class As:
-    """A tensor in PEFT's files: its name there, and how its values are laid out."""
-
-    name: str
-    write: Callable[[Site, Tensor], Tensor] = _same  # ours at the site -> PEFT's
-    read: Callable[[Site, Tensor], Tensor] = _same  # PEFT's -> ours
-    optional: bool = False  # whether some sites lack it
 
 
 @dataclass(frozen=True)
@@ -300,13 +286,40 @@ def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
 # Writing
 
 
-def write(adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of an adapter in PEFT's format."""
-    cls = adapter.recipe.method
-    if not isinstance(cls.peft, Peft):
-        raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
-    config, tensors = cls.peft.write(adapter)
-    return config, {key: value.detach() for key, value in tensors.items()}
+class PeftFormat(Format, name="peft"):
+    """Hugging Face PEFT's folder."""
+
+    library = "peft"
+    loading = "Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."
+
+    def recognises(self, config):
+        return config is not None and "peft_type" in config
+
+    def write(self, adapter, base):
+        cls = adapter.recipe.method
+        if not isinstance(cls.peft, Peft):
+            raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
+        config, tensors = cls.peft.write(adapter)
+        return {TENSORS: packed(tensors), CONFIG: as_json(config | {"base_model_name_or_path": base})}
+
+    def read(self, model, parts):
+        config = parts[CONFIG]
+        try:
+            cls = _method(config)
+            found = cls.peft.read(cls, model, config, parts[TENSORS])
+        except GraftError:
+            raise
+        except Exception as error:  # values and shapes which PEFT never writes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise GraftError(f"{UNREAD}: {reason}") from error
+        return Saved(*found, targets=config.get("target_modules"))
+
+    def facts(self, config, keys):
+        return {
+            "method": str(config["peft_type"]).lower(),
+            "base": config.get("base_model_name_or_path"),
+            "heads": config.get("modules_to_save") or [],
+        }
 
 
 def _target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
@@ -344,21 +357,9 @@ def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> 
 # Reading
 
 
-def read(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]):
-    """Recipe, paths of targets and heads, and tensors under our names, of an adapter in PEFT's format."""
-    try:
-        cls = _method(config)
-        return cls.peft.read(cls, model, config, tensors)
-    except GraftError:
-        raise
-    except Exception as error:  # values and shapes which PEFT never writes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise GraftError(f"{UNREAD}: {reason}") from error
-
-
 def _method(config: dict[str, Any]) -> type[Delta]:
     """The method for a configuration; several of ours may be one type of PEFT's, told apart by what they refuse."""
-    from .. import methods
+    from ... import methods
 
     methods.load()
     kind = config["peft_type"]
