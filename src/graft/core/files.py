@@ -111,6 +111,7 @@ class _Graft(Format, name="graft"):
     """Our own folder."""
 
     library = "graft"
+    sign = '"format": "graft"'
 
     def recognises(self, config):
         return config is not None and config.get("format") == "graft"
@@ -369,7 +370,8 @@ def _recognised(place: Path) -> tuple[Format, dict[str, Any] | None]:
     for form in FORMATS.values():
         if form.recognises(config):
             return form, config
-    raise GraftError(f"{place / CONFIG} is of no format that is known here ({', '.join(FORMATS)})")
+    signs = ", ".join(f"{form.name} has {form.sign}" for form in FORMATS.values() if form.sign)
+    raise GraftError(f"{place / CONFIG} is of no format that is known here: {signs}")
 
 
 def _read(place: Path, form: Format, config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

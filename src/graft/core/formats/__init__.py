@@ -52,6 +52,7 @@ class Format:
     single = False  # one .safetensors file instead of a folder
     files: tuple[str, ...] = (CONFIG, TENSORS)  # what a folder holds
     optional: tuple[str, ...] = ()  # what it may hold besides
+    sign = ""  # what in adapter_config.json tells it, for people
     library = ""  # how model hubs call the library that reads it
     loading = ""  # a sentence of the model card, with {title} for the folder
 

@@ -24,7 +24,7 @@ from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
-from ..site import Site, site_for
+from ..site import site_for
 from ..targets import resolve
 from . import CONFIG, OWN, TENSORS, As, Format, Saved, as_json, packed
 
@@ -290,6 +290,7 @@ class PeftFormat(Format, name="peft"):
     """Hugging Face PEFT's folder."""
 
     library = "peft"
+    sign = '"peft_type"'
     loading = "Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."
 
     def recognises(self, config):

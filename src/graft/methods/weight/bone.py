@@ -7,8 +7,8 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
-from ...core.hyper import Range
 from ...core.formats.peft import As, Peft
+from ...core.hyper import Range
 
 
 class Bone(Delta, name="bone"):
