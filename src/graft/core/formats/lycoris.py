@@ -261,21 +261,21 @@ def _by_name(model: nn.Module) -> dict[str, list[str]]:
 
 def _resolved(model: nn.Module, modules: Any) -> dict[str, str]:
     """The path in the model of each module of the file, none twice."""
-    every, names = base_modules(model), _by_name(model)
+    every, names, children = base_modules(model), _by_name(model), dict(model.named_children())
     split = {module: _split(module) for module in modules}
-    denoiser = {prefix for prefix, _ in split.values()}
+    prefixes = sorted({prefix for prefix, _ in split.values()}, key=[LYCORIS, *PARTS].index)
+    homes = {prefix: next((p for p in PARTS.get(prefix, ()) if p in children), "") for prefix in prefixes}
+    if len(prefixes) > 1 and not all(homes.values()):
+        inside = ", ".join(f"{PARTS[prefix][0]!r}: ..." for prefix in prefixes if prefix in PARTS)
+        raise GraftError(
+            f"{UNREAD}: it is for several models ({', '.join(prefixes)}): load it on torch.nn.ModuleDict({{{inside}}})"
+        )
     paths: dict[str, str] = {}
     for module, (prefix, rest) in split.items():
-        homes = [part for part in PARTS.get(prefix, ()) if part in dict(model.named_children())]
-        found = names.get(f"{homes[0]}_{rest}" if homes else rest, [])
+        found = names.get(f"{homes[prefix]}_{rest}" if homes[prefix] else rest, [])
         hosts = [path for path in found if kind_of(every[path]) != "module"] or found
         if not hosts:
-            hint = "is this the right base?"
-            if len(denoiser) > 1 and not homes:
-                parts = {prefix: PARTS[prefix][0] for prefix in PARTS if prefix in denoiser}
-                inside = ", ".join(f"{part!r}: ..." for part in dict.fromkeys(parts.values()))
-                hint = f"it is for several models, load it on torch.nn.ModuleDict({{{inside}}})"
-            raise GraftError(f"{UNREAD}: the model has no module for {module}; {hint}")
+            raise GraftError(f"{UNREAD}: the model has no module for {module}, is this the right base?")
         if len(hosts) > 1:
             raise GraftError(f"{UNREAD}: {module} may be {' or '.join(hosts)}, whose names differ by dots alone")
         if hosts[0] in paths.values():
