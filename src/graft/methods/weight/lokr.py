@@ -47,7 +47,7 @@ class _Kronecker(Lycoris):
             raise GraftError(f"LyCORIS's first factor is the smaller one, that of {delta.site.path} is not: {OWN}")
         found = super().write(delta)
         if delta.W2 is not None:
-            left = delta.factors()[0]
+            left = delta.scaling * (delta.B1 @ delta.A1 if delta.W1 is None else delta.W1)
             return {"lokr_w1": left, "lokr_w2": found["lokr_w2"], ALPHA: left.new_tensor(1.0)}
         return found | {ALPHA: delta.A2.new_tensor(delta.scaling * len(delta.A2))}
 
