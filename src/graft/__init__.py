@@ -28,6 +28,7 @@ _PUBLIC = {
     "activate": "core.adapter",
     "disabled": "core.adapter",
     "collect": "core.statistics",
+    "save": "core.files",
     "load": "core.files",
     "fingerprint": "core.files",
     "merge": "core.merge",

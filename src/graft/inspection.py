@@ -11,11 +11,16 @@ from .core.site import kind_of
 from .models import skeleton
 
 
-def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """What an adapter is, in whatever format: its configuration and the sizes of its tensors."""
+def adapter_facts(folder: str | Path, revision: str | None = None) -> list[dict[str, Any]]:
+    """What the adapters in a folder, or the one in a file, are, in whatever format, innermost first."""
+    return [_facts(part) for part in files.parts(folder, revision)]
+
+
+def _facts(part: files.Part) -> dict[str, Any]:
+    """The configuration of an adapter and the sizes of its tensors."""
     import safetensors
 
-    form, config, file = files.recognise(folder, revision)
+    config, file = part.config(), part.file()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -23,15 +28,18 @@ def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, 
             kinds = Counter(s.get_dtype() for s in slices.values())
     except Exception as error:  # the library's own
         raise GraftError(f"{file} is no sound safetensors file: {error}") from error
+    form = part.form()
     return {
         "format": form.name,
+        "name": part.name or config.get("name"),
+        "active": part.active,
         **dict(method=None, base=None, base_fingerprint=None, sites=None, heads=[]),
         **form.facts(config, list(shapes)),
         "parameters": sum(_count(shape) for shape in shapes.values()),
         "bytes": file.stat().st_size,
         "dtypes": dict(kinds),
         "tensors": shapes,
-        "config": config or {},
+        "config": config,
     }
 
 

@@ -125,15 +125,17 @@ def load_adapted(
     """Load a base model with a saved adapter on it, for the task that the adapter was trained for.
 
     model             as for `load_base`
-    adapter           a folder that `Adapter.save` or Hugging Face PEFT wrote, or an id on the hub; none: the base alone
-    objective         what the model is for; by default what the adapter was trained for
+    adapter           a folder of one or several adapters, which Graft or Hugging Face PEFT wrote, or an id on the hub;
+                      none: the base alone
+    objective         what the model is for; by default what the adapter was trained for, the outermost that runs
     labels            names of the classes, in order; by default those that the adapter was trained with
     dtype             of the base's weights: auto (as stored), float32, bfloat16, float16
     device            cpu, cuda, ...; by default the accelerator, if there is one
     revision          of the model on the hub
     allow_other_base  use the adapter on weights it was not trained on, too
     """
-    task = {} if adapter is None else dict(files.read_config(adapter).get("task") or {})
+    configs = [] if adapter is None else [part.config() for part in files.parts(adapter) if part.active]
+    task = next((dict(c["task"]) for c in reversed(configs) if c.get("task")), {})
     task |= {} if objective is None else {"objective": objective}
     base = load_base(
         model, objective=task.get("objective"), labels=labels, config=None if labels else task.get("config"),

@@ -7,24 +7,24 @@ other library has not.
 
 import functools
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from ..folder import CONFIG, TENSORS
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..recipe import Recipe
     from ..site import Site
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN = "save it in graft's own format"
-FORMATS: dict[str, "Format"] = {}
+FORMATS: dict[str, type["Format"]] = {}
+Fingerprints = Callable[[tuple[str, ...]], str | None]  # of one model, by the modules that do not count
 
 
 @dataclass
@@ -43,9 +43,10 @@ class Saved:
 
 
 class Format:
-    """One way to keep an adapter on disk: `class Kohya(Format, name="kohya")`, of which one object is registered.
+    """One way to keep an adapter on disk: `class KohyaFormat(Format, name="kohya")` registers it.
 
-    A format does not touch the disk: files.py does, which checks names, sizes and links and never unpickles.
+    A format does not touch the disk: folder.py does, which checks names, sizes and links and never unpickles.
+    `prints` gives the fingerprint of the base; without it, none is written and any base is taken.
     """
 
     name: str
@@ -60,9 +61,13 @@ class Format:
         super().__init_subclass__(**kwargs)
         if name:
             cls.name = name
-            FORMATS[name] = cls()
+            FORMATS[name] = cls
 
-    def recognises(self, config: dict[str, Any] | None) -> bool:
+    def __init__(self, prints: Fingerprints | None = None):
+        self.prints = prints
+
+    @classmethod
+    def recognises(cls, config: dict[str, Any] | None) -> bool:
         """Whether a folder with this adapter_config.json, or a single file (None), is of this format."""
         return False
 
@@ -74,7 +79,8 @@ class Format:
         """The content of the files, by name as in `read`. `base` is the base's id or folder, if known."""
         raise NotImplementedError
 
-    def facts(self, config: dict[str, Any] | None, keys: list[str]) -> dict[str, Any]:
+    @classmethod
+    def facts(cls, config: dict[str, Any], keys: list[str]) -> dict[str, Any]:
         """method, base, base_fingerprint, sites (a number) and heads, as far as configuration and names of tensors
         tell."""
         return {}
@@ -97,11 +103,7 @@ def load() -> None:
         importlib.import_module(module.name)
 
 
-def packed(state: dict[str, Tensor]) -> bytes:
-    """A safetensors file."""
-    plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-    return safetensors.torch.save(plain, {"format": "pt"})
-
-
-def as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def file_names() -> list[str]:
+    """What a folder of an adapter may hold beside the model card, in whatever format."""
+    load()
+    return sorted({name for form in FORMATS.values() for name in (*form.files, *form.optional)})

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
+from ..folder import tensor_bytes
 from ..recipe import ByPath, Recipe
 from ..site import Site, kind_of, site_for
-from . import OWN, As, Format, Saved, packed
+from . import OWN, As, Format, Saved
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -71,9 +72,11 @@ class Lycoris:
 
     def write(self, delta: Any) -> dict[str, Tensor]:
         """LyCORIS's tensors for the delta at a site, by name."""
+        if strange := [key for key in delta.state_dict() if key not in self.tensors]:
+            raise GraftError(f"LyCORIS has no counterpart of {strange[0]} of {delta.name} at {delta.site.path}: {OWN}")
         return {self.tensors[k].name: self.tensors[k].write(delta.site, v) for k, v in delta.state_dict().items()}
 
-    def read(self, site: Site, found: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read(self, site: Any, found: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Hyperparameters and our tensors at a site for LyCORIS's, which `fits` has seen."""
         return {}, {k: a.read(site, found[a.name]) for k, a in self.tensors.items() if a.name in found}
 
@@ -130,7 +133,8 @@ class LycorisFormat(Format, name="lycoris"):
 
     single = True
 
-    def recognises(self, config):
+    @classmethod
+    def recognises(cls, config):
         return config is None
 
     def prefixed(self, adapter: "Adapter", path: str) -> tuple[str, str]:
@@ -153,7 +157,7 @@ class LycorisFormat(Format, name="lycoris"):
             prefix, rest = self.prefixed(adapter, path)
             for name, value in table.write(delta).items():
                 tensors[f"{prefix}_{rest.replace('.', '_')}.{name}"] = value
-        return {"": packed(tensors)}
+        return {"": tensor_bytes(tensors)}
 
     def read(self, model, parts):
         try:
@@ -164,7 +168,8 @@ class LycorisFormat(Format, name="lycoris"):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise GraftError(f"{UNREAD}: {reason}") from error
 
-    def facts(self, config, keys):
+    @classmethod
+    def facts(cls, config, keys):
         modules = _modules(keys)
         found = {cls.name for names in modules.values() if (cls := _method(set(names)))}
         prefixes = {_split(module)[0] for module in modules}
@@ -179,7 +184,8 @@ class KohyaFormat(LycorisFormat, name="kohya"):
     `text_encoder`, `text_encoder_2`, ...), or the denoiser alone.
     """
 
-    def recognises(self, config):
+    @classmethod
+    def recognises(cls, config):
         return False  # one reader for both
 
     def prefixed(self, adapter, path):

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
+from ..folder import json_bytes, tensor_bytes
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
 from ..site import site_for
 from ..targets import resolve
-from . import CONFIG, OWN, TENSORS, As, Format, Saved, as_json, packed
+from . import CONFIG, OWN, TENSORS, As, Format, Saved
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -293,7 +294,8 @@ class PeftFormat(Format, name="peft"):
     sign = '"peft_type"'
     loading = "Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."
 
-    def recognises(self, config):
+    @classmethod
+    def recognises(cls, config):
         return config is not None and "peft_type" in config
 
     def write(self, adapter, base):
@@ -301,7 +303,7 @@ class PeftFormat(Format, name="peft"):
         if not isinstance(cls.peft, Peft):
             raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
         config, tensors = cls.peft.write(adapter)
-        return {TENSORS: packed(tensors), CONFIG: as_json(config | {"base_model_name_or_path": base})}
+        return {TENSORS: tensor_bytes(tensors), CONFIG: json_bytes(config | {"base_model_name_or_path": base})}
 
     def read(self, model, parts):
         config = parts[CONFIG]
@@ -315,7 +317,8 @@ class PeftFormat(Format, name="peft"):
             raise GraftError(f"{UNREAD}: {reason}") from error
         return Saved(*found, targets=config.get("target_modules"))
 
-    def facts(self, config, keys):
+    @classmethod
+    def facts(cls, config, keys):
         return {
             "method": str(config["peft_type"]).lower(),
             "base": config.get("base_model_name_or_path"),

@@ -61,7 +61,7 @@ class _Kronecker(Lycoris):
         rank = ranks.get("2") or ranks.get("1")
         scaling = 1.0 if rank is None or alpha is None else float(alpha) / rank
         sizes = site.d_out, site.d_in // site.taps
-        a, c = len(own.get("W1", own.get("B1"))), own.get("W1", own.get("A1")).shape[1]
+        a, c = own["B1" if "B1" in own else "W1"].shape[0], own["A1" if "A1" in own else "W1"].shape[1]
         b, d = sizes[0] // a, sizes[1] // c
         factor = next((f for f in (-1, a, c) if tuple(factorize(n, f)[0] for n in sizes) == (a, c)), None)
         if factor is None:
