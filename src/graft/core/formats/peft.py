@@ -101,7 +101,7 @@ class Peft:
         """The fields that every type of PEFT's has."""
         return {
             "peft_type": self.kind,
-            "task_type": _task(adapter.model, modules, [path for path, _ in adapter.heads]),
+            "task_type": task_type(adapter.model, modules, [path for path, _ in adapter.heads]),
             "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None),
             "inference_mode": True,
         }
@@ -112,7 +112,7 @@ class Peft:
 
     def targets(self, modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
         """What makes PEFT choose exactly `paths`."""
-        return _target_modules(modules, paths)
+        return target_modules(modules, paths)
 
     def check_host(self, site: Any) -> None:
         """Refuse a module on which PEFT lacks the method, or computes something else."""
@@ -326,7 +326,7 @@ class PeftFormat(Format, name="peft"):
         }
 
 
-def _target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
+def target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
     """What makes PEFT choose exactly `paths`: the ends of paths where that is enough, whole paths, or an expression."""
 
     def chosen(ends):
@@ -343,7 +343,7 @@ def _saved_whole(path: str, names: Iterable[str]) -> bool:
     return any(path.endswith(name) for name in names)
 
 
-def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> str | None:
+def task_type(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> str | None:
     """PEFT's task type. For classification it always saves `classifier` or `score`: only named where they are heads."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
