@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraftError
+from .kept import Kept, new_epoch
 
 METHODS: dict[str, type["Delta"]] = {}
 
@@ -63,10 +64,12 @@ class Delta(nn.Module, metaclass=_MethodType):
     brings_rows = False  # it replaces rows which a base loaded anew draws at random: no part of the base's fingerprint
     starts_as_base = True  # whether the adapted model computes what the base computes before training
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
+    passes_x = False  # whether its forward calls inner once, on x itself
     per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+    _kept: Kept | None = None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
@@ -80,7 +83,7 @@ class Delta(nn.Module, metaclass=_MethodType):
             object.__setattr__(self, key, value)  # plain references, never registered here
 
     def forward(self, inner, x):
-        return self.act(inner, x, *self.prepared(inner))
+        return self.act(inner, x, *self.prepared(inner, x.dtype))
 
     def prepare(self, inner) -> tuple[Tensor | None, ...]:
         """What `act` computes with and weights alone decide; pure. By default W' and b'."""
@@ -90,30 +93,50 @@ class Delta(nn.Module, metaclass=_MethodType):
         """y from x and what `prepare` gave; of the delta itself it reads settings only, no tensors."""
         return self.site.apply(x, *prepared)
 
-    def prepared(self, inner) -> tuple[Tensor | None, ...]:
-        """`prepare(inner)`, kept in inference while the adapter is frozen, until a tensor it may come from changes.
+    def prepared(self, inner, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """`prepare(inner)`; in inference, while all it is made from is frozen, made once and kept in `dtype`, that of x.
 
-        Not kept: what together is as large as the host's matrix. A change that goes past the counters of torch
-        (`p.data.add_(...)`) is not seen, which is why nothing is kept while a parameter may be trained.
+        Made anew as soon as a tensor, a setting or a delta inside differs, and kept only where it is smaller than the
+        host's own tensors. A change that goes past the counters of torch (`p.data.add_(...)`) is not seen, which is
+        why nothing is kept while a parameter may be trained.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self.__dict__.pop("_kept", None)
+        if torch.compiler.is_compiling():
             return self.prepare(inner)
-        state = tensor_state(self.sources(inner))
-        kept = self.__dict__.get("_kept")
-        if kept is not None and kept[0] == state:
-            return self.prepare(inner) if kept[1] is None else kept[1]
-        made = self.prepare(inner)
-        if state is not None:
-            small = sum(t.numel() for t in made if t is not None) < self.site.weight.numel()
-            self.__dict__["_kept"] = state, made if small else None
-        return made
+        kept = self._kept
+        if torch.is_grad_enabled():
+            if kept is not None:
+                object.__setattr__(self, "_kept", None)
+            return self.prepare(inner)
+        if kept is None or not kept.holds(self, inner, dtype):
+            kept = self._make(inner, dtype)
+        return kept.made
 
-    def sources(self, inner=None) -> list[dict[str, Any]]:
-        """The dictionaries of tensors from which `prepare` computes: its own, what sites share, and those of inner."""
-        own = [d for m in self.modules() for d in (m._parameters, m._buffers)]
-        shared = [] if self.shared is None else [d for m in self.shared.modules() for d in (m._parameters, m._buffers)]
-        return own + shared + ([] if inner is None else inner.sources())
+    def _make(self, inner, dtype: torch.dtype) -> Kept:
+        host = self.site.module
+        with torch.autocast(self.site.where().device.type, enabled=False):
+            kept = Kept(self, inner, dtype)
+        kept.made = tuple(t if t is None or not self._casts(t, dtype) else t.to(dtype) for t in kept.made)
+        size = sum(p.nbytes for p in base_parameters(base_modules(host)).values())
+        object.__setattr__(self, "_kept", kept if kept.smaller_than(size) else None)
+        return kept
+
+    def _casts(self, t: Tensor, dtype: torch.dtype) -> bool:
+        """Whether t is kept in dtype. Not what sites share: each would have a copy. Not on CPUs, see Site.down."""
+        if not (t.is_floating_point() and dtype.is_floating_point) or t.device.type == "cpu" or self.site.kind == "norm":
+            return False
+        shared = [] if self.shared is None else [*self.shared.parameters(), *self.shared.buffers()]
+        return t.untyped_storage().data_ptr() not in {s.untyped_storage().data_ptr() for s in shared}
+
+    def sources(self) -> list[nn.Module]:
+        """The modules whose tensors and settings `prepare` reads, besides inner: its own and what sites share."""
+        return [*self.modules()] + ([] if self.shared is None else [*self.shared.modules()])
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        new_epoch()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""
@@ -167,19 +190,20 @@ class Delta(nn.Module, metaclass=_MethodType):
 
 
 class Edit(Delta):
-    """A delta of activations: h' = edit(h, x), with h the host's (first) output and x its first input."""
+    """A delta of activations: h' = edit(h, x, *prepared), h the host's (first) output and x its first input."""
 
     hosts = ("linear", "module")
+    passes_x = True
 
-    def edit(self, h: Tensor, x: Tensor) -> Tensor:
+    def edit(self, h: Tensor, x: Tensor, *prepared: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, inner, *args, **kwargs):
         out = inner(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        if isinstance(out, tuple):
-            return (self.edit(out[0], x), *out[1:])
-        return self.edit(out, x)
+        h = out[0] if isinstance(out, tuple) else out
+        h = self.edit(h, x, *self.prepared(inner, h.dtype))
+        return (h, *out[1:]) if isinstance(out, tuple) else h
 
 
 class Host:
@@ -191,8 +215,8 @@ class Host:
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
-    def sources(self) -> list[dict[str, Any]]:
-        return [self.site.module._parameters, self.site.module._buffers]
+    def sources(self) -> list[nn.Module]:
+        return [*base_modules(self.site.module).values()]
 
     weight = property(lambda self: self.site.weight)
     bias = property(lambda self: self.site.bias)
@@ -207,8 +231,8 @@ class Link:
     def __call__(self, *args, **kwargs):
         return self.delta(self.inner, *args, **kwargs)
 
-    def sources(self) -> list[dict[str, Any]]:
-        return self.delta.sources(self.inner)
+    def sources(self) -> list[nn.Module]:
+        return self.delta.sources() + self.inner.sources()
 
     weight = property(lambda self: self.delta.weight(self.inner.weight))
     bias = property(lambda self: self.delta.bias(self.inner.bias))
@@ -243,6 +267,7 @@ class Adapted(nn.Module):
         self.linked = tuple(name for name in names if name in self.deltas)
         own = self.host_forward or types.MethodType(self.host_class.forward, self)
         deltas = [self.deltas[name] for name in self.linked]
+        new_epoch()
         self.chain = functools.reduce(Link, [d for d in deltas if d.place == "forward"], Host(self.site, own))
         self.site.relinked(deltas)
 
@@ -361,18 +386,6 @@ def base_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
             if p is not None:
                 found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
     return dict(found.values())
-
-
-def tensor_state(sources: list[dict[str, Any]]) -> list | None:
-    """What changes when a tensor of `sources` is changed or replaced; None where one may be trained."""
-    state = []
-    for tensors in sources:
-        for t in tensors.values():
-            if t is not None:
-                if t.requires_grad:
-                    return None
-                state += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-    return state
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:

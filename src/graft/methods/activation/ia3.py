@@ -74,7 +74,7 @@ class IA3(Delta, name="ia3"):
         if on == "auto":
             down = site.kind == "linear" and site.d_out < site.d_in and not _ATTENTION.fullmatch(site.path)
             on = "input" if down else "output"
-        self.on = on
+        self.on, self.passes_x = on, on == "output"
         self.l = nn.Parameter(torch.ones(site.inputs if on == "input" else site.d_out))
 
     def forward(self, inner, x):

@@ -54,6 +54,9 @@ class LoReFT(Edit, name="loreft"):
         layers = (getattr(m, "layer_idx", None) for m in site.module.modules())
         self.layer = next((i for i in layers if i is not None), 0)
 
+    def prepare(self, inner):
+        return tuple(t for subspace in self.edits for t in subspace.prepare())
+
     def forward(self, inner, *args, **kwargs):
         given = kwargs | dict(zip(self.names, args))
         cache = next((a for a in given.values() if hasattr(a, "get_seq_length")), None)
@@ -65,16 +68,17 @@ class LoReFT(Edit, name="loreft"):
         real = h.new_ones(h.shape[:-1], dtype=torch.bool) if mask is None else _real(mask, h)
         rank = real.cumsum(-1)  # 1 at the first real token
         count = rank[..., -1:]
-        for (first, last), subspace in zip(self.spans, self.edits):
+        prepared = self.prepared(inner, h.dtype)
+        for i, (first, last) in enumerate(self.spans):
             at = real & ((rank <= first) | (rank > count - last))
-            edited = subspace(base)
+            edited = moved(base, *prepared[3 * i : 3 * i + 3])
             edited = F.dropout(edited, self.dropout, self.training) if self.dropout else edited
             h = torch.where(at[..., None], edited, h)
         return (h, *out[1:]) if isinstance(out, tuple) else h
 
 
 class Subspace(nn.Module):
-    """h + R^T (W h + b - R h)."""
+    """R, W and b of one edit."""
 
     def __init__(self, width: int, rank: int):
         super().__init__()
@@ -87,10 +91,15 @@ class Subspace(nn.Module):
             Q, U = torch.linalg.qr(self.rows.T)  # in float32 or float64: there is no QR in half precision
             return (Q * U.diagonal().sign()).T
 
-    def forward(self, h: Tensor) -> Tensor:
-        R = self.basis().to(h.dtype)
-        source = F.linear(h, self.source.weight.to(h.dtype), self.source.bias.to(h.dtype))
-        return h + ((source - F.linear(h, R)) @ R).to(h.dtype)
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
+        """R, W - R and b."""
+        R = self.basis()
+        return R, self.source.weight - R, self.source.bias
+
+
+def moved(h: Tensor, R: Tensor, change: Tensor, b: Tensor) -> Tensor:
+    """h + R^T (W h + b - R h), with change = W - R."""
+    return h + (F.linear(h, change.to(h.dtype), b.to(h.dtype)) @ R.to(h.dtype)).to(h.dtype)
 
 
 def _real(mask: Tensor, h: Tensor) -> Tensor:

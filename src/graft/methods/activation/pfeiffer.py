@@ -50,6 +50,7 @@ class Pfeiffer(Serial, name="pfeiffer"):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.after_norm = kind_of(site.module) == "norm"
+        self.passes_x = not self.after_norm
 
     @classmethod
     def places(cls, model, path, module):
@@ -62,5 +63,5 @@ class Pfeiffer(Serial, name="pfeiffer"):
     def forward(self, inner, *args, **kwargs):
         if self.after_norm:
             (x,) = args
-            return inner(x + self.branch(inner(x)))
+            return inner(x + self.branch(inner(x), *self.prepared(inner, x.dtype)))
         return super().forward(inner, *args, **kwargs)

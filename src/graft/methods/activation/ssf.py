@@ -27,6 +27,7 @@ class SSF(Delta, name="ssf"):
     )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
+    passes_x = True
 
     def __init__(
         self,

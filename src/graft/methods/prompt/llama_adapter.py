@@ -74,6 +74,7 @@ class LlamaAdapter(Attention, name="llama_adapter"):
             "https://arxiv.org/abs/2303.16199",
         ),
     )
+    passes_x = True
     small = dict(length=3)
     peft = _AdaptionPromptPeft(
         "ADAPTION_PROMPT",
@@ -97,14 +98,22 @@ class LlamaAdapter(Attention, name="llama_adapter"):
             self.prompt = nn.Parameter(torch.randn(length, site.base_config.hidden_size))
             self.gate = nn.Parameter(torch.zeros(site.base_config.num_attention_heads))
 
+    def sources(self):
+        return super().sources() + self.site.sources()
+
+    def prepare(self, inner):
+        """K and V [heads, length, size], and tanh(g)."""
+        heads = len(self.gate)
+        K, V = self.site.keys_values(self.prompt.to(self.site.where().dtype))
+        K, V = (t.repeat_interleave(heads // len(t), 0) for t in (K, V))
+        return K, V, self.gate.tanh()[:, None]
+
     def forward(self, inner, q, k, v, mask=None, **kwargs):
         out, weights = inner(q, k, v, mask, **kwargs)  # [batch, length, heads, size]
         if not self.on:
             return out, weights
-        batch, heads = q.shape[:2]
-        K, V = self.site.keys_values(self.prompt.to(self.site.where().dtype))
-        K, V = (
-            t.to(q.dtype).repeat_interleave(heads // len(t), 0).expand(batch, -1, -1, -1) for t in (K, V)
-        )  # [batch, heads, prompt, size]
+        # A projection may drop features at random in training.
+        K, V, gate = self.prepare(inner) if self.site.module.training else self.prepared(inner, q.dtype)
+        K, V = (t.to(q.dtype).expand(len(q), -1, -1, -1) for t in (K, V))
         extra = F.scaled_dot_product_attention(q, K, V, scale=kwargs.get("scaling")).transpose(1, 2)
-        return out + self.gate.tanh().to(out.dtype)[:, None] * extra, weights
+        return out + gate.to(out.dtype) * extra, weights

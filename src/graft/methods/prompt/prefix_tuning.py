@@ -155,8 +155,11 @@ class PrefixTuning(Attention, name="prefix_tuning"):
         K, V = self.up(self.shared()).unflatten(-1, (2, self.heads, self.size)).permute(1, 2, 0, 3)
         return K, V
 
+    def prepare(self, inner):
+        return self.prefix()
+
     def forward(self, inner, q, k, v, mask=None, **kwargs):
-        K, V = self.prefix()
+        K, V = self.prepared(inner, k.dtype)
         return self.prepend(inner, K, V, q, k, v, mask, **kwargs)
 
 

@@ -36,6 +36,7 @@ class DoRA(Delta, name="dora"):
     papers = (
         Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
     )
+    passes_x = True
     small = dict(rank=2)
     peft = replace(
         LoRA.peft,

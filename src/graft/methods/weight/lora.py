@@ -40,6 +40,7 @@ class LoRA(Delta, name="lora"):
             "https://arxiv.org/abs/2312.03732",
         ),
     )
+    passes_x = True
     small = dict(rank=2)
     peft = Peft(
         "LORA",
