@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .delta import Delta, Host, Link
+from .delta import Delta, Host, Link, base_modules
 from .errors import GraftError
 from .site import Site
 
@@ -78,6 +78,12 @@ class AttentionSite(Site):
             qkv = module.query_key_value(x).unflatten(-1, (-1, 3, size)).transpose(0, 1)
             return qkv[:, :, 1], qkv[:, :, 2]
         raise GraftError(f"{self.path} ({type(module).__name__}): its projections of keys and values were not found")
+
+    def sources(self) -> list[nn.Module]:
+        """The modules which decide what `keys_values` gives: those inside, with the deltas that run there."""
+        inside = base_modules(self.module).values()
+        chains = ({} if m is self.module else m.__dict__ for m in inside)
+        return [s for m, own in zip(inside, chains) for s in (own["chain"].sources() if "chain" in own else [m])]
 
     @functools.cached_property
     def kv_shape(self) -> tuple[int, int]:

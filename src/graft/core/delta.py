@@ -85,16 +85,16 @@ class Delta(nn.Module, metaclass=_MethodType):
     def forward(self, inner, x):
         return self.act(inner, x, *self.prepared(inner, x.dtype))
 
-    def prepare(self, inner) -> tuple[Tensor | None, ...]:
-        """What `act` computes with and weights alone decide; pure. By default W' and b'."""
+    def prepare(self, inner) -> tuple[Any, ...]:
+        """The tensors (or None) with which `act` computes and which weights alone decide; pure. By default W', b'."""
         return self.weight(inner.weight), self.bias(inner.bias)
 
     def act(self, inner, x, *prepared):
         """y from x and what `prepare` gave; of the delta itself it reads settings only, no tensors."""
         return self.site.apply(x, *prepared)
 
-    def prepared(self, inner, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """`prepare(inner)`; in inference, while all it is made from is frozen, made once and kept in `dtype`, that of x.
+    def prepared(self, inner, dtype: torch.dtype) -> tuple[Any, ...]:
+        """`prepare(inner)` for x of `dtype`; in inference, while all it is made from is frozen, made once and kept.
 
         Made anew as soon as a tensor, a setting or a delta inside differs, and kept only where it is smaller than the
         host's own tensors. A change that goes past the counters of torch (`p.data.add_(...)`) is not seen, which is
@@ -122,7 +122,11 @@ class Delta(nn.Module, metaclass=_MethodType):
 
     def _casts(self, t: Tensor, dtype: torch.dtype) -> bool:
         """Whether t is kept in dtype. Not what sites share: each would have a copy. Not on CPUs, see Site.down."""
-        if not (t.is_floating_point() and dtype.is_floating_point) or t.device.type == "cpu" or self.site.kind == "norm":
+        if (
+            self.site.kind == "norm"
+            or t.device.type == "cpu"
+            or not (t.is_floating_point() and dtype.is_floating_point)
+        ):
             return False
         shared = [] if self.shared is None else [*self.shared.parameters(), *self.shared.buffers()]
         return t.untyped_storage().data_ptr() not in {s.untyped_storage().data_ptr() for s in shared}

@@ -197,7 +197,7 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def add_up(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
         """y + up(h, b)."""
-        if self.kind != "linear" or y.dim() > 1 and y.shape[-2] == 1:  # of one token the views cost more
+        if self.kind != "linear" or (y.dim() > 1 and y.shape[-2] == 1):  # of one token the views cost more
             return y + self.up(h, b)
         # One pass over y; adding a finished product would take three.
         out = torch.addmm(y.reshape(-1, len(b)), _as(y, h.reshape(-1, b.shape[1])), _as(y, b.T))

@@ -1,7 +1,7 @@
 """LoReFT: Representation Finetuning for Language Models. Wu et al., 2024."""
 
 import inspect
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class LoReFT(Edit, name="loreft"):
             "ReFT: Representation Finetuning for Language Models", "Wu et al.", 2024, "https://arxiv.org/abs/2404.03592"
         ),
     )
+    edits: Any
     hosts = ("module",)
     targets = "blocks"
     starts_as_base = False
