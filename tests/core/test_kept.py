@@ -122,10 +122,13 @@ def test_nothing_is_kept_while_a_tensor_may_be_trained():
     assert not delta._kept
 
 
+@pytest.mark.parametrize("moved", [False, True])
 @torch.inference_mode()
-def test_tensors_without_a_counter_are_not_kept():
-    base, x = model(), torch.randn(3, 8, dtype=torch.float64)
-    _, delta = frozen(base, "lora", rank=2)
+def test_tensors_without_a_counter_are_not_kept(moved):
+    with torch.inference_mode(not moved):
+        base, x = model(), torch.randn(3, 8, dtype=torch.float32)
+        _, delta = frozen(base, "lora", rank=2)
+    base.float()
     base(x)
     assert delta.B.is_inference() and not delta._kept
     delta.B.mul_(2)
@@ -204,9 +207,23 @@ def test_autocast_is_not_kept():
 
 
 @torch.no_grad()
-def test_a_change_of_precision_is_followed():
+def test_a_tensor_in_the_place_of_another_is_seen():
+    base, x = model(), torch.randn(3, 8, dtype=torch.float64)
+    _, delta = frozen(base, "lora", rank=8)
+    delta.B = nn.Parameter(delta.B.data, requires_grad=False)
+    first, before = base(x), (delta.B._version, delta.B.data_ptr())
+    delta.B = nn.Parameter(delta.B.data.T, requires_grad=False)
+    assert before == (delta.B._version, delta.B.data_ptr())
+    assert not torch.allclose(base(x), first) and torch.equal(base(x), fresh(base, x))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@torch.no_grad()
+def test_a_change_of_precision_is_followed(cast, monkeypatch):
+    if cast:  # as on an accelerator
+        monkeypatch.setattr(Delta, "_casts", lambda self, t, dtype: True)
     base, x = model(dtype=torch.bfloat16), torch.randn(3, 8)
-    frozen(base, "dora", rank=2)
+    frozen(base, "lora", rank=2)
     base(x.bfloat16())
     base.float()
     assert torch.equal(base(x), fresh(base, x))
