@@ -50,6 +50,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     The keyword-only arguments of `__init__` are the method's hyperparameters (see `hyper.py`): command line, saved
     configuration and documentation are derived from them. Write `forward`, or `weight` (`forward` then follows), or
     both: `weight` makes the method mergeable, `forward` spares the full-size W'. The contract test compares the two.
+    What a forward computes from weights alone belongs into `prepare` and the rest into `act`, which make a `forward`.
     Tensors are created in float32 on the CPU; the adapter moves them, and keeps float32 beside a half-precision base.
     """
 
@@ -121,7 +122,7 @@ class Delta(nn.Module, metaclass=_MethodType):
         return kept
 
     def _casts(self, t: Tensor, dtype: torch.dtype) -> bool:
-        """Whether t is kept in dtype. Not what sites share: each would have a copy. Not on CPUs, see Site.down."""
+        """Whether t is kept in dtype. Not what sites share: each would have a copy. Not on CPUs, see small_product."""
         if (
             self.site.kind == "norm"
             or t.device.type == "cpu"

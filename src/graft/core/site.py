@@ -433,10 +433,19 @@ def _as(x: Tensor, t: Tensor) -> Tensor:
 
 def _thin(x: Tensor, m: Tensor) -> Tensor:
     """x m^T in the dtype of x, for a matrix m with a short side."""
-    if m.dtype.itemsize > x.dtype.itemsize and x.device.type == "cpu" and x.dim() > 1 and x.shape[-2] == 1:
-        # Of one token, a CPU takes longer to begin a product in half precision than for the product in float32.
-        return F.linear(x.to(m.dtype), m).to(x.dtype)
-    return F.linear(x, _as(x, m))
+    dtype = small_product(x, m)
+    if dtype == x.dtype:
+        return F.linear(x, _as(x, m))
+    return F.linear(x.to(dtype), m).to(x.dtype)
+
+
+def small_product(x: Tensor, m: Tensor) -> torch.dtype:
+    """The dtype in which to multiply x with the small tensor m: that of x, but for one token on a CPU.
+
+    There a product in half precision takes longer to begin than all of it takes in the float32 of m, uncast.
+    """
+    few = x.device.type == "cpu" and x.dim() > 1 and x.shape[-2] == 1
+    return m.dtype if few and m.dtype.itemsize > x.dtype.itemsize else x.dtype
 
 
 def _to(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
