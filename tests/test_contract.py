@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft import methods
-from graft.core.delta import METHODS, Delta
+from graft.core.delta import METHODS, Delta, base_modules, base_parameters
 from graft.core.hyper import hyperparameters
 from graft.core.site import Site, site_for
 
@@ -376,6 +376,91 @@ def test_gradient_checkpointing(name, host):
     )
     for a, b in zip(plain, again):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+@each_case
+def test_what_is_kept_in_inference_follows_every_change(name, host, monkeypatch):
+    """A copy never carries what was kept, so that it computes everything anew."""
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    adapter.requires_grad_(False)
+    delta = list(adapter.deltas.values())[-1]
+    owners = [*delta.modules(), *([] if delta.shared is None else delta.shared.modules())]
+    tensors = [t for m in owners for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    tensors += base_parameters(base_modules(delta.site.module)).values()
+    floating = [t for t in tensors if t.is_floating_point()]
+    made = []
+    for cls in {type(d) for d in adapter.deltas.values()}:
+        prepare = cls.prepare
+        monkeypatch.setattr(cls, "prepare", lambda self, inner, do=prepare: made.append(0) or do(self, inner))
+    with torch.no_grad():
+        assert torch.equal(run(adapted, x), run(copy.deepcopy(adapted), x))
+        made.clear()
+        run(adapted, x)
+        assert not made, "what weights alone decide was computed again"
+        for t in floating:
+            with torch.inference_mode(t is floating[0]):
+                t.mul_(1.1).add_(0.01)
+            assert torch.equal(run(adapted, x), run(copy.deepcopy(adapted), x))
+        for t in floating:
+            t.data = t * 1.1 + 0.01
+            assert torch.equal(run(adapted, x), run(copy.deepcopy(adapted), x))
+        for m in owners:
+            for key, p in m._parameters.items():
+                if p is not None:
+                    setattr(m, key, nn.Parameter(p * 1.1 + 0.01, requires_grad=False))
+                    assert torch.equal(run(adapted, x), run(copy.deepcopy(adapted), x))
+        adapted.to(torch.float32)
+        x = x.float() if x.is_floating_point() else x
+        assert torch.equal(run(adapted, x), run(copy.deepcopy(adapted), x))
+
+
+@each_case
+def test_declares_whether_it_passes_x(name, host):
+    _, model, target, x = hosts()[host]
+    adapted, adapter = adapt(name, model, target, x)
+    delta = list(adapter.deltas.values())[-1]
+    link = delta.site.module.chain if delta.place == "forward" else delta.site.module.product
+    link.inner = seen = Seen(link.inner)
+    given = []
+    delta.register_forward_pre_hook(lambda _, args, kwargs: given.append((args[1:], kwargs)), with_kwargs=True)
+    run(adapted, x)
+    flat = [[*args, *kwargs.values()] for args, kwargs in (*given, *seen.calls)]
+    passed = len(flat) == 2 and len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat))
+    assert passed == delta.passes_x
+
+
+class Seen:
+    """The inner function, which notes how it is called."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+FACTORED = [n for n in NAMES if METHODS[n].factors is not Delta.factors]
+
+
+@pytest.mark.parametrize("name, host", [(n, h) for n, h in WITH_WEIGHT if n in FACTORED])
+def test_factors_are_the_change_of_the_weight(name, host):
+    _, model, target, x = hosts()[host]
+    _, adapter = adapt(name, model, target, x, **({"rank": 1} if name == "loha" else {}))
+    delta = next(iter(adapter.deltas.values()))
+    A, B = delta.factors()
+    w = delta.site.weight
+    torch.testing.assert_close(w + B @ A, delta.weight(w))
+    assert A.shape == (B.shape[1], w.shape[1]) and B.shape[0] == w.shape[0]
+    probe = torch.randn_like(w)
+    own = [p for p in adapter.parameters() if p.requires_grad]
+    ours = torch.autograd.grad((probe * (B @ A)).sin().sum(), own)
+    for a, r in zip(ours, torch.autograd.grad((probe * (delta.weight(w) - w)).sin().sum(), own)):
+        torch.testing.assert_close(a, r)
 
 
 @each_case

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,3 +273,23 @@ def test_one_name_for_all_rows_of_one():
             together = model(input_ids=x).logits
         graft.activate(model, name)
         torch.testing.assert_close(together, model(input_ids=x).logits)
+
+
+def test_compiled_models_follow_routes_and_are_not_compiled_again():
+    model, x = mixed_model(methods=["lora", "dora", "houlsby", "prefix_tuning"]), tokens(3)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    rows = [["lora", "dora", None], ["houlsby", "prefix_tuning", "lora"], ["lora", "lora", "dora"]]
+    counts = []
+    with torch.no_grad():
+        plain = compiled(input_ids=x, use_cache=False).logits
+        for names in rows:
+            with graft.route(model, names):
+                together = compiled(input_ids=x, use_cache=False).logits
+                torch.testing.assert_close(together, model(input_ids=x, use_cache=False).logits)
+            counts.append(counter.frame_count)
+        assert len({*counts}) == 1, f"compiled again: {counts}"
+        torch.testing.assert_close(compiled(input_ids=x, use_cache=False).logits, plain)
+    with pytest.raises(graft.GraftError, match=r"use graft\.route"):
+        compiled(input_ids=x, use_cache=False, adapters=["lora", "dora", None])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import graft
+from graft.methods.activation.loreft import moved
 from models import bert, gpt2, llama, move, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +50,7 @@ def test_rows_are_orthonormal_and_those_given_are_used_as_they_are():
     torch.testing.assert_close(subspace.basis(), R)
     # After the edit the state is W h + b in the subspace, and unchanged beside it.
     h = torch.randn(5, 32)
-    new = subspace(h)
+    new = moved(h, *subspace.prepare())
     torch.testing.assert_close(new @ R.T, subspace.source(h))
     torch.testing.assert_close(new - new @ R.T @ R, h - h @ R.T @ R)
 

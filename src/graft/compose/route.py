@@ -5,6 +5,7 @@ count there. What the rows of one host need is in rows.py.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from .rows import rows_at
 Row = str | None | Sequence[str]
 
 _OPEN: ContextVar[tuple["Route", ...]] = ContextVar("graft_routes", default=())
+_open, _counting = 0, threading.Lock()  # routes in all threads
 _latest: "Route | None" = None  # that was opened where gradients are wanted
 
 
@@ -74,6 +76,7 @@ class Route:
         """Open it in this thread."""
         global _latest
         core.routed = routed_chain
+        _count(1)
         if torch.is_grad_enabled():
             _latest = self
         _OPEN.set((*_OPEN.get(), self))
@@ -81,6 +84,7 @@ class Route:
     def leave(self) -> None:
         """Close it in the thread that opened it."""
         _OPEN.set(tuple(r for r in _OPEN.get() if r is not self))
+        _count(-1)
         self.close()
 
     def close(self) -> None:
@@ -106,8 +110,15 @@ class Route:
         if found is None:
             path = host.site.path
             rows = [tuple(d for a in row if (d := a.deltas.get(path)) and d.place == place) for row in self.adapters]
-            found = self._chains[host, place] = rows_at(host, place, rows, self.some)
+            found = self._chains[host, place] = rows_at(host, place, rows, self.adapters, self.some)
         return found
+
+
+def _count(change: int) -> None:
+    global _open
+    with _counting:
+        _open += change
+        core.routes_open = _open > 0
 
 
 def routed_chain(host: Adapted, place: str) -> Callable | None:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.delta import Adapted, Delta, Edit, Host, Link, own_function, tensor_state
+from ..core.delta import Adapted, Delta, Edit, Host, Link, own_function
 from ..core.errors import GraftError
 from ..core.site import LinearSite
 from ..core.stacked import neighbours
@@ -33,37 +33,39 @@ from ..core.stacked import neighbours
 Chain = tuple[Delta, ...]
 Some = Callable[[list[int]], AbstractContextManager]
 Seen = list[tuple[Tensor | None, ...]]  # what the edits of a chain see of a host's arguments
-BROAD = 4  # factors of more values than this many times the parameters they come from are not formed row by row
 
 
-def rows_at(host: Adapted, place: str, rows: list[Chain], some: Some) -> Callable:
+def rows_at(host: Adapted, place: str, rows: list[Chain], whole: list, some: Some) -> Callable:
     """The function that serves row i of a batch by the deltas `rows[i]`, the first one innermost, at a place of a host.
 
-    `some(numbers)` is a context in which a batch consists of these rows only.
+    `some(numbers)` is a context in which a batch consists of these rows only, `whole` what tells rows apart anywhere.
     """
     site = host.site
     inner = Host(site, site.plain if place == "product" else own_function(host))
-    if len(set(rows)) == 1:
+    alike = len({*whole}) == 1 or not any(d.stacks_itself for d in rows[0])
+    if len({*rows}) == 1 and alike:
         return functools.reduce(Link, rows[0], inner)
     if re.search(r"(^|\.)experts?\.", site.path):
         raise GraftError(
             f"{site.path} is an expert, which gets tokens of several rows at once: it cannot serve row by row"
         )
     if any(d.stacks_itself for chain in rows for d in chain):
-        return _together(inner, rows, some)
+        return _together(inner, rows, whole, some)
     return (_Tensors if isinstance(site, LinearSite) else _Modules)(inner, rows, some)
 
 
 class _Kept:
     """What was made from the tensors of some deltas, until one of them changes."""
 
-    def __init__(self, sources: list[dict[str, Any]]):
-        self.sources, self.value = sources, None
+    def __init__(self, sources: list[nn.Module]):
+        self.sources = [d for m in dict.fromkeys(sources) for d in (m._parameters, m._buffers) if d]
+        self.value: Any = None
 
     def __call__(self, make: Callable, *how: Any) -> Any:
         if torch.is_grad_enabled():
             return make(*how)
-        state = [*how, *(tensor_state(self.sources, trained=True) or ())]
+        now = [t for d in self.sources for t in d.values() if t is not None]
+        state = [*how, [t.data_ptr() for t in now], [t._version for t in now if not t.is_inference()]]
         if self.value is None or self.value[0] != state:
             self.value = state, make(*how)
         return self.value[1]
@@ -72,7 +74,7 @@ class _Kept:
 # Prompts and changes of the attention product
 
 
-def _together(inner: Any, rows: list[Chain], some: Some) -> Callable:
+def _together(inner: Any, rows: list[Chain], whole: list, some: Some) -> Callable:
     """One link for each method at each depth of the chains; rows of other methods pass through it."""
     for depth in range(max(map(len, rows))):
         at = [row[depth] if depth < len(row) else None for row in rows]
@@ -81,13 +83,13 @@ def _together(inner: Any, rows: list[Chain], some: Some) -> Callable:
                 raise GraftError(
                     f"{method.name} at {inner.site.path or 'the model'} cannot share a batch with prompts there"
                 )
-            inner = _Stacked(inner, [d if type(d) is method else None for d in at], some)
+            inner = _Stacked(inner, [d if type(d) is method else None for d in at], whole, some)
     return inner
 
 
 class _Stacked:
-    def __init__(self, inner: Any, deltas: list[Any], some: Some):
-        self.inner, self.deltas, self.some, self.site = inner, deltas, some, inner.site
+    def __init__(self, inner: Any, deltas: list[Any], whole: list, some: Some):
+        self.inner, self.deltas, self.whole, self.some, self.site = inner, deltas, whole, some, inner.site
         self.one = next(d for d in deltas if d is not None)
         self.kept = _Kept([s for d in dict.fromkeys(deltas) if d is not None for s in d.sources()])
 
@@ -95,11 +97,12 @@ class _Stacked:
         return self.one.act_stacked(self.inner, self.kept(self.make), *args, **kwargs)
 
     def make(self):
-        prepared = []
-        for i, delta in enumerate(self.deltas):
-            with self.some([i]):  # LLaMA-Adapter's keys come out of projections which may have deltas too
-                prepared.append(delta and delta.prepare(self.inner))
-        return self.one.stack(prepared)
+        made: dict[Any, Any] = {}
+        for i, kind in enumerate(self.whole):
+            if kind not in made:  # LLaMA-Adapter's keys come out of projections which may have deltas of the row, too
+                with self.some([i]):
+                    made[kind] = self.deltas[i] and self.deltas[i].prepare(self.inner)
+        return self.one.stack([made[kind] for kind in self.whole])
 
 
 # Other hosts
@@ -151,7 +154,8 @@ class _Part:
         k, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
         for i, delta in enumerate(self.chains[0]):
             if isinstance(delta, Edit):
-                y = delta.edit(y, x, *(t if t is None else t.flatten(0, 1) for t in seen[i]))
+                own = delta.prepared(self.host, y.dtype)
+                y = delta.edit(y, x, *(t if t is None else t.flatten(0, 1) for t in seen[i]), *own)
             else:
                 y = delta(_Given(functools.reduce(Link, self.chains[0][:i], self.host), x, y), x)
         return y.unflatten(0, (-1, k))
@@ -194,48 +198,22 @@ class _Family(_Part):
 
         def row(x, y, seen, *prepared):
             if isinstance(one, Edit):
-                return functional_call(self.edit, dict(zip(self.names, prepared)), (y, x, *seen))
+                return one.edit(y, x, *seen, *prepared)
             return one.act(_Given(self.host, x, y), x, *prepared)
 
         return vmap(row, (0, 0, 0, *dims), randomness="different")(x, y, seen[0], *tensors)
 
     def whole(self, x, more, build):
         tensors, dims = self.kept(self.make)
-        one = self.chains[0][0]
-
-        def row(x, more, *prepared):
-            if isinstance(one, Edit):
-                args, kwargs = build(more)
-                named = {name.removeprefix("one."): t for name, t in zip(self.names, prepared)}
-                return _first(functional_call(one, named, (self.host, x, *args), kwargs))
-            return one.act(self.host, x, *prepared)
-
-        return vmap(row, (0, 0, *dims), randomness="different")(x, more, *tensors)
+        row = lambda x, *prepared: self.chains[0][0].act(self.host, x, *prepared)
+        return vmap(row, (0, *dims), randomness="different")(x, *tensors)
 
     def make(self):
         """What the deltas of the rows prepared, stacked, and along which axis; as it is where they all share it."""
-        given = {d: self._of(d) for d in self.deltas}
+        given: dict[Delta, tuple] = {d: d.prepare(self.host) for d in self.deltas}
         rows = zip(*(given[chain[0]] for chain in self.chains))
         stacked = [(ts[0], None) if all(_same(t, ts[0]) for t in ts) else (torch.stack(ts), 0) for ts in rows]
         return [t for t, _ in stacked], [d for _, d in stacked]
-
-    def _of(self, delta: Delta) -> tuple:
-        if not isinstance(delta, Edit):
-            return delta.prepare(self.host)
-        named = dict(delta.named_parameters()) | dict(delta.named_buffers())
-        self.edit, self.names = _Edit(delta), tuple(f"one.{name}" for name in named)
-        return tuple(named.values())
-
-
-class _Edit(nn.Module):
-    """The `edit` of a delta as a module's forward, which `functional_call` runs with other tensors."""
-
-    def __init__(self, one: Edit):
-        super().__init__()
-        self.one = one
-
-    def forward(self, *args):
-        return self.one.edit(*args)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -346,17 +324,13 @@ def _group(site: Any, chain: Chain) -> tuple:
 
 
 def _is_additive(delta: Any) -> bool:
-    if delta.training and getattr(delta, "dropout", 0):
-        return False
-    pair = delta.factors()
-    own = sum(p.numel() for p in delta.parameters())
-    return pair is not None and sum(t.numel() for t in pair) <= BROAD * own
+    return delta.by_factors and not (delta.training and delta.dropout)
 
 
 def _is_stackable(site: Any, delta: Delta) -> bool:
-    if isinstance(delta, Edit):  # inside vmap no host of its own may run
-        return delta.passes_x or not any(isinstance(m, Adapted) for m in site.module.modules() if m is not site.module)
     cls = type(delta)
+    if isinstance(delta, Edit):
+        return delta.passes_x
     small = site.kind == "norm" and cls.forward is Delta.forward  # W' is a vector
     return small or cls.act is not Delta.act
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import delta as core
-from .delta import Delta, Host, Link
+from .delta import Delta, Host, Link, base_modules
 from .errors import GraftError
 from .site import Site
 from .stacked import each_of
@@ -81,6 +81,12 @@ class AttentionSite(Site):
             return qkv[:, :, 1], qkv[:, :, 2]
         raise GraftError(f"{self.path} ({type(module).__name__}): its projections of keys and values were not found")
 
+    def sources(self) -> list[nn.Module]:
+        """The modules which decide what `keys_values` gives: those inside, with the deltas that run there."""
+        inside = base_modules(self.module).values()
+        chains = ({} if m is self.module else m.__dict__ for m in inside)
+        return [s for m, own in zip(inside, chains) for s in (own["chain"].sources() if "chain" in own else [m])]
+
     @functools.cached_property
     def kv_shape(self) -> tuple[int, int]:
         """(kv heads, size of a head)."""
@@ -108,8 +114,8 @@ class AttentionSite(Site):
 
 
 def _product(module, *args, **kwargs):
-    if core.routed is not None and (chain := core.routed(module, "product")) is not None:
-        return chain(*args, **kwargs)
+    if core.routed is not None:
+        return core.run(module, "product", module.product, *args, **kwargs)
     return module.product(*args, **kwargs)
 
 
@@ -132,7 +138,9 @@ class Attention(Delta):
             return f"it is a cross attention, and {cls.name} works on self-attention"
 
     def forward(self, inner, q, k, v, mask=None, **kwargs):
-        return self.act_stacked(inner, self.stack([self.prepare(inner)]), q, k, v, mask, **kwargs)
+        # A projection from which it is prepared may drop features at random in training.
+        own = self.prepare(inner) if self.site.module.training else self.prepared(inner, q.dtype)
+        return self.act_stacked(inner, self.stack([own]), q, k, v, mask, **kwargs)
 
     @classmethod
     def stack(cls, prepared: list) -> Any:

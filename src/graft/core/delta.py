@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraftError
+from .kept import Kept, new_epoch
 
 METHODS: dict[str, type["Delta"]] = {}
 routed: Callable[[Any, str], Callable | None] | None = None  # what runs at a host under a route, see compose/route.py
+routes_open = False  # whether a route is open in any thread: all that compiled code looks at
 
 
 class Paper(NamedTuple):
@@ -50,6 +52,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     The keyword-only arguments of `__init__` are the method's hyperparameters (see `hyper.py`): command line, saved
     configuration and documentation are derived from them. Write `forward`, or `weight` (`forward` then follows), or
     both: `weight` makes the method mergeable, `forward` spares the full-size W'. The contract test compares the two.
+    What a forward computes from weights alone belongs into `prepare` and the rest into `act`, which make a `forward`.
     Tensors are created in float32 on the CPU; the adapter moves them, and keeps float32 beside a half-precision base.
     """
 
@@ -66,9 +69,11 @@ class Delta(nn.Module, metaclass=_MethodType):
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
     passes_x = False  # whether its forward calls inner once, on x itself
     stacks_itself = False  # whether it has `stack` and `act_stacked` to serve rows by deltas of their own
+    by_factors = False  # whether rows of a batch are served by `factors`, which cost no more than `act`
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+    _kept: Kept | None = None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
@@ -82,40 +87,64 @@ class Delta(nn.Module, metaclass=_MethodType):
             object.__setattr__(self, key, value)  # plain references, never registered here
 
     def forward(self, inner, x):
-        return self.act(inner, x, *self.prepared(inner))
+        return self.act(inner, x, *self.prepared(inner, x.dtype))
 
-    def prepare(self, inner) -> tuple[Tensor | None, ...]:
-        """What `act` computes with and weights alone decide; pure. By default W' and b'."""
+    def prepare(self, inner) -> tuple[Any, ...]:
+        """The tensors (or None) with which `act` computes and which weights alone decide; pure. By default W', b'."""
         return self.weight(inner.weight), self.bias(inner.bias)
 
     def act(self, inner, x, *prepared):
         """y from x and what `prepare` gave; of the delta itself it reads settings only, no tensors."""
         return self.site.apply(x, *prepared)
 
-    def prepared(self, inner) -> tuple[Tensor | None, ...]:
-        """`prepare(inner)`, kept in inference while the adapter is frozen, until a tensor it may come from changes.
+    def prepared(self, inner, dtype: torch.dtype) -> tuple[Any, ...]:
+        """`prepare(inner)` for x of `dtype`; in inference, while all it is made from is frozen, made once and kept.
 
-        Not kept: what together is as large as the host's matrix. A change that goes past the counters of torch
-        (`p.data.add_(...)`) is not seen, which is why nothing is kept while a parameter may be trained.
+        Made anew as soon as a tensor, a setting or a delta inside differs, and kept only where it is smaller than the
+        host's own tensors. A change that goes past the counters of torch (`p.data.add_(...)`) is not seen, which is
+        why nothing is kept while a parameter may be trained.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self.__dict__.pop("_kept", None)
+        if torch.compiler.is_compiling():
             return self.prepare(inner)
-        state = tensor_state(self.sources(inner))
-        kept = self.__dict__.get("_kept")
-        if kept is not None and kept[0] == state:
-            return self.prepare(inner) if kept[1] is None else kept[1]
-        made = self.prepare(inner)
-        if state is not None:
-            small = sum(t.numel() for t in made if t is not None) < self.site.weight.numel()
-            self.__dict__["_kept"] = state, made if small else None
-        return made
+        kept = self._kept
+        if torch.is_grad_enabled():
+            if kept is not None:
+                object.__setattr__(self, "_kept", None)
+            return self.prepare(inner)
+        if kept is None or not kept.holds(self, inner, dtype):
+            kept = self._make(inner, dtype)
+        return kept.made
 
-    def sources(self, inner=None) -> list[dict[str, Any]]:
-        """The dictionaries of tensors from which `prepare` computes: its own, what sites share, and those of inner."""
-        own = [d for m in self.modules() for d in (m._parameters, m._buffers)]
-        shared = [] if self.shared is None else [d for m in self.shared.modules() for d in (m._parameters, m._buffers)]
-        return own + shared + ([] if inner is None else inner.sources())
+    def _make(self, inner, dtype: torch.dtype) -> Kept:
+        host = self.site.module
+        with torch.autocast(self.site.where().device.type, enabled=False):
+            kept = Kept(self, inner, dtype)
+        kept.made = tuple(t if t is None or not self._casts(t, dtype) else t.to(dtype) for t in kept.made)
+        size = sum(p.nbytes for p in base_parameters(base_modules(host)).values())
+        object.__setattr__(self, "_kept", kept if kept.smaller_than(size) else None)
+        return kept
+
+    def _casts(self, t: Tensor, dtype: torch.dtype) -> bool:
+        """Whether t is kept in dtype. Not what sites share: each would have a copy. Not on CPUs, see small_product."""
+        if (
+            self.site.kind == "norm"
+            or t.device.type == "cpu"
+            or not (t.is_floating_point() and dtype.is_floating_point)
+        ):
+            return False
+        shared = [] if self.shared is None else [*self.shared.parameters(), *self.shared.buffers()]
+        return t.untyped_storage().data_ptr() not in {s.untyped_storage().data_ptr() for s in shared}
+
+    def sources(self) -> list[nn.Module]:
+        """The modules whose tensors and settings `prepare` reads, besides inner: its own and what sites share."""
+        return [*self.modules()] + ([] if self.shared is None else [*self.shared.modules()])
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        new_epoch()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""
@@ -169,13 +198,13 @@ class Delta(nn.Module, metaclass=_MethodType):
 
 
 class Edit(Delta):
-    """A delta of activations: h' = edit(h, x), with h the host's (first) output and x its first input."""
+    """A delta of activations: h' = edit(h, x, *prepared), h the host's (first) output and x its first input."""
 
     hosts = ("linear", "module")
     passes_x = True
 
-    def edit(self, h: Tensor, x: Tensor, *seen: Tensor | None) -> Tensor:
-        """h' for the output h; `seen` is what `look` gave. It depends on a row's own h, x and `seen` only."""
+    def edit(self, h: Tensor, x: Tensor, *seen_and_prepared: Any) -> Tensor:
+        """h' from the output h; what `look` saw and `prepare` gave follow. A row's h' depends on that row only."""
         raise NotImplementedError
 
     def look(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
@@ -186,9 +215,9 @@ class Edit(Delta):
         seen = self.look(args, kwargs)
         out = inner(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        if isinstance(out, tuple):
-            return (self.edit(out[0], x, *seen), *out[1:])
-        return self.edit(out, x, *seen)
+        h = out[0] if isinstance(out, tuple) else out
+        h = self.edit(h, x, *seen, *self.prepared(inner, h.dtype))
+        return (h, *out[1:]) if isinstance(out, tuple) else h
 
 
 class Host:
@@ -200,8 +229,8 @@ class Host:
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
-    def sources(self) -> list[dict[str, Any]]:
-        return [self.site.module._parameters, self.site.module._buffers]
+    def sources(self) -> list[nn.Module]:
+        return [*base_modules(self.site.module).values()]
 
     weight = property(lambda self: self.site.weight)
     bias = property(lambda self: self.site.bias)
@@ -216,8 +245,8 @@ class Link:
     def __call__(self, *args, **kwargs):
         return self.delta(self.inner, *args, **kwargs)
 
-    def sources(self) -> list[dict[str, Any]]:
-        return self.delta.sources(self.inner)
+    def sources(self) -> list[nn.Module]:
+        return self.delta.sources() + self.inner.sources()
 
     weight = property(lambda self: self.delta.weight(self.inner.weight))
     bias = property(lambda self: self.delta.bias(self.inner.bias))
@@ -252,6 +281,7 @@ class Adapted(nn.Module):
         self.linked = tuple(name for name in names if name in self.deltas)
         deltas = [self.deltas[name] for name in self.linked]
         inner = Host(self.site, own_function(self))
+        new_epoch()
         self.chain = functools.reduce(Link, [d for d in deltas if d.place == "forward"], inner)
         self.site.relinked(deltas)
 
@@ -264,6 +294,19 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol):
         return _blank, (self.host_class,), self.__getstate__()
+
+
+def run(host: Any, place: str, chain: Callable, *args, **kwargs):
+    """What a host computes once there have been routes: compiled code leaves its graph where one is open."""
+    if torch.compiler.is_compiling():
+        return _run(host, place, chain, *args, **kwargs) if routes_open else chain(*args, **kwargs)
+    assert routed
+    return (routed(host, place) or chain)(*args, **kwargs)
+
+
+@torch._disable_dynamo
+def _run(host: Any, place: str, chain: Callable, *args, **kwargs):
+    return run(host, place, chain, *args, **kwargs)
 
 
 def own_function(host: Adapted) -> Callable:
@@ -281,8 +324,8 @@ def adapted_class(cls: type) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        if routed is not None and (chain := routed(self, "forward")) is not None:
-            return chain(*args, **kwargs)
+        if routed is not None:
+            return run(self, "forward", self.chain, *args, **kwargs)
         return self.chain(*args, **kwargs)
 
     body = {"host_class": cls, "forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -379,18 +422,6 @@ def base_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
             if p is not None:
                 found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
     return dict(found.values())
-
-
-def tensor_state(sources: list[dict[str, Any]], trained: bool = False) -> list | None:
-    """What changes when a tensor of `sources` changes or is replaced; None where one may be trained, save `trained`."""
-    state = []
-    for tensors in sources:
-        for t in tensors.values():
-            if t is not None:
-                if t.requires_grad and not trained:
-                    return None
-                state += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-    return state
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:

@@ -83,10 +83,11 @@ class Prompt(Delta):
     @classmethod
     def stack(cls, prepared: list) -> tuple[Tensor, Tensor | None]:
         """The prompts of b rows as P [b, n, width] and keep [b, n], see `left_padded`."""
-        return left_padded([p and p[0] for p in prepared])
+        return left_padded([p[0] if p else None for p in prepared])
 
     def forward(self, inner, *args, **kwargs):
-        return self.act_stacked(inner, self.stack([self.prepare(inner)]), *args, **kwargs)
+        own = self.prepared(inner, self.site.where().dtype)
+        return self.act_stacked(inner, self.stack([own]), *args, **kwargs)
 
     def act_stacked(self, inner, stacked, *args, **kwargs):
         """The backbone, where prompt i of the b `stacked` ones is for batch / b neighbours."""

@@ -169,7 +169,7 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def apply(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """The host's own map with the matrix w [out, in] in place of W."""
-        return F.linear(x, w.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+        return F.linear(x, _as(x, w), bias if bias is None else _as(x, bias))
 
     def apply_formed(
         self,
@@ -190,18 +190,18 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """k features of the input: the host's map with the matrix a [k, in]."""
-        return F.linear(x, a.to(x.dtype))
+        return _thin(x, a)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """The matrix b [out, k] on the k features of h."""
-        return F.linear(h, b.to(h.dtype))
+        return _thin(h, b)
 
     def add_up(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
         """y + up(h, b)."""
-        if self.kind != "linear":
+        if self.kind != "linear" or (y.dim() > 1 and y.shape[-2] == 1):  # of one token the views cost more
             return y + self.up(h, b)
         # One pass over y; adding a finished product would take three.
-        out = torch.addmm(y.reshape(-1, len(b)), h.reshape(-1, b.shape[1]).to(y.dtype), b.T.to(y.dtype))
+        out = torch.addmm(y.reshape(-1, len(b)), _as(y, h.reshape(-1, b.shape[1])), _as(y, b.T))
         return out.view(y.shape)
 
     def kron(self, x: Tensor, left: Tensor, right: tuple[Tensor, ...]) -> Tensor:
@@ -226,7 +226,8 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def rescale(self, y: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
         """The channels of y - bias times 1 + gain, plus bias; nothing of the size of y is kept but the result."""
-        return _Rescale.apply(y, self._shape(gain, y), None if bias is None else self._shape(bias.to(y.dtype), y))
+        gain, bias = self._shape(gain, y), None if bias is None else self._shape(_as(y, bias), y)
+        return _Rescale.apply(y, gain, bias) if torch.is_grad_enabled() else _rescaled(y, gain, bias)
 
     def _shape(self, v: Tensor, h: Tensor) -> Tensor:
         return v
@@ -244,6 +245,10 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         return {"weight": w} if b is None else {"weight": w, "bias": b}
 
 
+def _rescaled(y: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
+    return torch.addcmul(y, y if b is None else y - b, _as(y, gain))
+
+
 class _Rescale(torch.autograd.Function):
     """z = y + gain (y - b): the gradient of the gain follows from z, which the next operation often keeps anyway.
 
@@ -254,7 +259,7 @@ class _Rescale(torch.autograd.Function):
 
     @staticmethod
     def forward(y, gain, b):
-        return torch.addcmul(y, y if b is None else y - b, gain.to(y.dtype))
+        return _rescaled(y, gain, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -420,6 +425,28 @@ class NormSite(LinearSite):
 
     def _shape(self, v, h):
         return v if self.axis < 0 else v.view(-1, *[1] * (h.dim() - 2))
+
+
+def _as(x: Tensor, t: Tensor) -> Tensor:
+    """t in the dtype of x; Tensor.to takes its time to find that nothing is to be done."""
+    return t if t.dtype == x.dtype else t.to(x.dtype)
+
+
+def _thin(x: Tensor, m: Tensor) -> Tensor:
+    """x m^T in the dtype of x, for a matrix m with a short side."""
+    dtype = small_product(x, m)
+    if dtype == x.dtype:
+        return F.linear(x, _as(x, m))
+    return F.linear(x.to(dtype), m).to(x.dtype)
+
+
+def small_product(x: Tensor, m: Tensor) -> torch.dtype:
+    """The dtype in which to multiply x with the small tensor m: that of x, but for one token on a CPU.
+
+    There a product in half precision takes longer to begin than all of it takes in the float32 of m, uncast.
+    """
+    few = x.device.type == "cpu" and x.dim() > 1 and x.shape[-2] == 1
+    return m.dtype if few and m.dtype.itemsize > x.dtype.itemsize else x.dtype
 
 
 def _to(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -17,16 +17,20 @@ class Bottleneck(Edit):
         self.down, self.up = nn.Linear(site.width, size), nn.Linear(size, site.width)
         self.activation, self.dropout = getattr(F, activation), dropout
 
-    def branch(self, z: Tensor) -> Tensor:
-        h = self.activation(_apply(self.down, z))
-        return _apply(self.up, F.dropout(h, self.dropout, self.training) if self.dropout else h)
+    def prepare(self, inner):
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+    def branch(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        h = self.activation(F.linear(z, down.to(z.dtype), down_bias.to(z.dtype)))
+        h = F.dropout(h, self.dropout, self.training) if self.dropout else h
+        return F.linear(h, up.to(z.dtype), up_bias.to(z.dtype))
 
 
 class Serial(Bottleneck):
     """h' = h + A(h), h the output of the host: a sub-layer before its residual connection, or a whole block."""
 
-    def edit(self, h, x):
-        return h + self.branch(h)
+    def edit(self, h, x, *prepared):
+        return h + self.branch(h, *prepared)
 
 
 class Parallel(Bottleneck):
@@ -45,13 +49,13 @@ class Parallel(Bottleneck):
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
         self.scaling = scaling
-        self.passes_x = "input_tensor" not in inspect.signature(type(site.module).forward).parameters
+        self.passes_x = not _adds_residual(site.module)
 
     @classmethod
     def places(cls, model, path, module):
         """The module that adds the residual, where the MLP is not one module and this is its last matrix."""
         parent = model.get_submodule(path.rpartition(".")[0])
-        if kind_of(module) != "module" and "input_tensor" in inspect.signature(type(parent).forward).parameters:
+        if kind_of(module) != "module" and _adds_residual(parent):
             return [(path.rpartition(".")[0], parent)]
         return [(path, module)]
 
@@ -69,11 +73,12 @@ class Parallel(Bottleneck):
         if residual is None:
             return super().forward(inner, *args, **kwargs)
         features = args[0] if args else kwargs["hidden_states"]
-        return inner(features, residual + self.scaling * self.branch(residual))
+        extra = self.branch(residual, *self.prepared(inner, residual.dtype))
+        return inner(features, residual + self.scaling * extra)
 
-    def edit(self, h, x):
-        return h + self.scaling * self.branch(x)
+    def edit(self, h, x, *prepared):
+        return h + self.scaling * self.branch(x, *prepared)
 
 
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+def _adds_residual(module: nn.Module) -> bool:
+    return "input_tensor" in inspect.signature(type(module).forward).parameters

@@ -1,7 +1,7 @@
 """LoReFT: Representation Finetuning for Language Models. Wu et al., 2024."""
 
 import inspect
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class LoReFT(Edit, name="loreft"):
             "ReFT: Representation Finetuning for Language Models", "Wu et al.", 2024, "https://arxiv.org/abs/2404.03592"
         ),
     )
+    edits: Any
     hosts = ("module",)
     targets = "blocks"
     starts_as_base = False
@@ -54,6 +55,9 @@ class LoReFT(Edit, name="loreft"):
         layers = (getattr(m, "layer_idx", None) for m in site.module.modules())
         self.layer = next((i for i in layers if i is not None), 0)
 
+    def prepare(self, inner):
+        return tuple(t for subspace in self.edits for t in subspace.prepare())
+
     def look(self, args, kwargs):
         """Which tokens are real [batch, length], or None where none is edited."""
         given = kwargs | dict(zip(self.names, args))
@@ -65,21 +69,21 @@ class LoReFT(Edit, name="loreft"):
         real = x.new_ones(x.shape[:-1], dtype=torch.bool) if mask is None else _real(mask, x)
         return (real.expand(x.shape[:-1]),)
 
-    def edit(self, h, x, real):
+    def edit(self, h, x, real, *prepared):
         if real is None:
             return h
         base, rank = h, real.cumsum(-1)  # 1 at the first real token
         count = rank[..., -1:]
-        for (first, last), subspace in zip(self.spans, self.edits):
+        for i, (first, last) in enumerate(self.spans):
             at = real & ((rank <= first) | (rank > count - last))
-            edited = subspace(base)
+            edited = moved(base, *prepared[3 * i : 3 * i + 3])
             edited = F.dropout(edited, self.dropout, self.training) if self.dropout else edited
             h = torch.where(at[..., None], edited, h)
         return h
 
 
 class Subspace(nn.Module):
-    """h + R^T (W h + b - R h)."""
+    """R, W and b of one edit."""
 
     def __init__(self, width: int, rank: int):
         super().__init__()
@@ -92,10 +96,15 @@ class Subspace(nn.Module):
             Q, U = torch.linalg.qr(self.rows.T)  # in float32 or float64: there is no QR in half precision
             return (Q * U.diagonal().sign()).T
 
-    def forward(self, h: Tensor) -> Tensor:
-        R = self.basis().to(h.dtype)
-        source = F.linear(h, self.source.weight.to(h.dtype), self.source.bias.to(h.dtype))
-        return h + ((source - F.linear(h, R)) @ R).to(h.dtype)
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
+        """R, W - R and b."""
+        R = self.basis()
+        return R, self.source.weight - R, self.source.bias
+
+
+def moved(h: Tensor, R: Tensor, change: Tensor, b: Tensor) -> Tensor:
+    """h + R^T (W h + b - R h), with change = W - R."""
+    return h + (F.linear(h, change.to(h.dtype), b.to(h.dtype)) @ R.to(h.dtype)).to(h.dtype)
 
 
 def _real(mask: Tensor, h: Tensor) -> Tensor:

@@ -63,5 +63,5 @@ class Pfeiffer(Serial, name="pfeiffer"):
     def forward(self, inner, *args, **kwargs):
         if self.after_norm:
             (x,) = args
-            return inner(x + self.branch(inner(x)))
+            return inner(x + self.branch(inner(x), *self.prepared(inner, x.dtype)))
         return super().forward(inner, *args, **kwargs)

@@ -75,6 +75,7 @@ class LlamaAdapter(Attention, name="llama_adapter"):
             "https://arxiv.org/abs/2303.16199",
         ),
     )
+    passes_x = True
     small = dict(length=3)
     peft = _AdaptionPromptPeft(
         "ADAPTION_PROMPT",
@@ -98,22 +99,23 @@ class LlamaAdapter(Attention, name="llama_adapter"):
             self.prompt = nn.Parameter(torch.randn(length, site.base_config.hidden_size))
             self.gate = nn.Parameter(torch.zeros(site.base_config.num_attention_heads))
 
+    def sources(self):
+        return super().sources() + self.site.sources()
+
     def prepare(self, inner):
+        """K and V [heads, length, size], and tanh(g)."""
         if not self.on:
-            return None
+            return ()
         heads = len(self.gate)
         K, V = self.site.keys_values(self.prompt.to(self.site.where().dtype))
         return *(t.repeat_interleave(heads // len(t), 0) for t in (K, V)), self.gate.tanh()
-
-    def sources(self, inner=None):  # the projections have a part in it, with whatever deltas are there
-        return super().sources(inner) + [d for m in self.site.module.modules() for d in (m._parameters, m._buffers)]
 
     @classmethod
     def stack(cls, prepared):
         if not any(prepared):
             return None
-        K, keep = left_padded([p and p[0] for p in prepared])
-        V, _ = left_padded([p and p[1] for p in prepared])
+        K, keep = left_padded([p[0] if p else None for p in prepared])
+        V, _ = left_padded([p[1] if p else None for p in prepared])
         none = torch.zeros_like(next(p for p in prepared if p)[2])
         gate = torch.stack([p[2] if p else none for p in prepared])
         if keep is not None:  # a row without any sees zeros, which its gate shuts out

@@ -161,8 +161,8 @@ class PrefixTuning(Attention, name="prefix_tuning"):
 
     @classmethod
     def stack(cls, prepared):
-        K, keep = left_padded([p and p[0] for p in prepared])
-        return K, left_padded([p and p[1] for p in prepared])[0], keep
+        K, keep = left_padded([p[0] if p else None for p in prepared])
+        return K, left_padded([p[1] if p else None for p in prepared])[0], keep
 
     def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
         K, V, keep = stacked

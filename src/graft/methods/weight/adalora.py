@@ -85,6 +85,8 @@ class AdaLoRA(Delta, name="adalora"):
             "https://arxiv.org/abs/2303.10512",
         ),
     )
+    passes_x = True
+    by_factors = True
     small = dict(rank=3, target_rank=2)
     peft = _AdaPeft(
         "ADALORA",
@@ -155,10 +157,17 @@ class AdaLoRA(Delta, name="adalora"):
         """s e * keep [rank]; the gradient reaches all of e."""
         return self.scaling * (self.e + (self.keep - 1) * self.e.detach())
 
-    def forward(self, inner, x):
+    def factors(self):
+        return self.Q, self.P * self.values()
+
+    def prepare(self, inner):
+        # Folded, the values would keep one more [out, rank] for backward.
+        return (self.Q, self.P, self.values()) if torch.is_grad_enabled() else self.factors()
+
+    def act(self, inner, x, A, B, values=None):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = self.site.scale(self.site.down(z, self.Q), self.values())
-        return self.site.add_up(inner(x), h, self.P)
+        h = self.site.down(z, A)
+        return self.site.add_up(inner(x), h if values is None else self.site.scale(h, values), B)
 
     def weight(self, w):
         return w + (self.P * self.values()) @ self.Q

@@ -67,6 +67,7 @@ class HRA(Delta, name="hra"):
         half = torch.empty(site.d_in, rank // 2)
         nn.init.kaiming_uniform_(half, a=5**0.5)
         self.U = nn.Parameter(half.repeat_interleave(2, dim=1))
+        self.passes_x = site.kind != "linear"  # the patches of a convolution overlap: its outputs are changed instead
 
     def back(self):
         """U T [in, rank]."""
@@ -76,11 +77,16 @@ class HRA(Delta, name="hra"):
             half = G.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
             return torch.linalg.solve_triangular(G.triu(1) + half, U, upper=True, left=False)
 
-    def forward(self, inner, x):
-        site, back = self.site, self.back()
-        if site.kind == "linear":
-            return inner(site.add_up(x, site.down(x, self.U.mT), -back))
-        return site.add_up(inner(x), site.down(x, self.U.mT), -(inner.weight @ back.to(inner.weight.dtype)))
+    def prepare(self, inner):
+        back = -self.back()
+        if self.site.kind != "linear":
+            w = inner.weight
+            back = w @ back.to(w.dtype)
+        return self.U.mT, back
+
+    def act(self, inner, x, A, B):
+        h = self.site.down(x, A)
+        return self.site.add_up(inner(x), h, B) if self.passes_x else inner(self.site.add_up(x, h, B))
 
     def weight(self, w):
         return w - (w.to(torch.promote_types(w.dtype, self.U.dtype)) @ self.back()) @ self.U.mT

@@ -49,6 +49,7 @@ class LoHa(Delta, name="loha"):
             "https://arxiv.org/abs/2309.14859",
         ),
     )
+    passes_x = True
     small = dict(rank=2)
     peft = Peft(
         "LOHA",
@@ -84,14 +85,21 @@ class LoHa(Delta, name="loha"):
         self.scaling = alpha / rank
         self.dense = 2 * rank**2 * (site.d_in + site.d_out) > site.d_in * site.d_out
 
-    def forward(self, inner, x):
-        y = inner(x)
+    def factors(self):
         if self.dense:
-            B1 = self.scaling * self.B1
-            return y + self.site.apply_formed(x, hadamard, B1, None, self.A1, self.B2, self.A2)
+            return None
         A = (self.A1[:, None] * self.A2).flatten(0, 1)
-        B = (self.scaling * self.B1[:, :, None] * self.B2[:, None]).flatten(1)
-        return self.site.add_up(y, self.site.down(x, A), B)
+        return A, (self.scaling * self.B1[:, :, None] * self.B2[:, None]).flatten(1)
+
+    def prepare(self, inner):
+        return self.factors() or (self.scaling * self.B1, self.A1, self.B2, self.A2)
+
+    def act(self, inner, x, *prepared):
+        if self.dense:
+            B1, *rest = prepared
+            return inner(x) + self.site.apply_formed(x, hadamard, B1, None, *rest)
+        A, B = prepared
+        return self.site.add_up(inner(x), self.site.down(x, A), B)
 
     def weight(self, w):
         return w + hadamard(self.scaling * self.B1, self.A1, self.B2, self.A2)

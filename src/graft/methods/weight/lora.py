@@ -49,6 +49,7 @@ class LoRA(Delta, name="lora"):
             "https://arxiv.org/abs/2312.03732",
         ),
     )
+    by_factors = True
     small = dict(rank=2)
     passes_x = True
     peft = Peft(

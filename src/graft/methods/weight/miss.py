@@ -38,6 +38,7 @@ class MiSS(Delta, name="miss"):
         ),
     )
     hosts = ("linear",)
+    passes_x = True
     small = dict(rank=3)
     peft = _MissPeft(
         "MISS",
@@ -58,14 +59,21 @@ class MiSS(Delta, name="miss"):
     ):
         super().__init__(site)
         self.D = nn.Parameter(torch.zeros(rank, site.d_out))
-        self.dropout = dropout
+        self.rank, self.dropout = rank, dropout
 
-    def forward(self, inner, x):
+    def factors(self):
+        D, shards = self.D, -(-self.site.d_in // self.rank)
+        fold = torch.eye(self.rank, dtype=D.dtype, device=D.device).repeat(1, shards)
+        return fold[:, : self.site.d_in], D.T
+
+    def prepare(self, inner):
+        return (self.D.T,)
+
+    def act(self, inner, x, B):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        rank = len(self.D)
-        if lacking := -z.shape[-1] % rank:
+        if lacking := -z.shape[-1] % self.rank:
             z = F.pad(z, (0, lacking))
-        return self.site.add_up(inner(x), z.unflatten(-1, (-1, rank)).sum(-2), self.D.T)
+        return self.site.add_up(inner(x), z.unflatten(-1, (-1, self.rank)).sum(-2), B)
 
     def weight(self, w):
         shards = -(-w.shape[1] // len(self.D))

@@ -10,6 +10,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
+from ...core.site import small_product
 
 
 class _OFTPeft(Peft):
@@ -116,7 +117,9 @@ class OFT(Delta, name="oft"):
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":
             return super().act(inner, x, *prepared)
-        return inner(_turned(x, prepared[0].to(x.dtype)))
+        (R,) = prepared
+        dtype = small_product(x, R)
+        return inner(_turned(x.to(dtype), R.to(dtype)).to(x.dtype))
 
     def weight(self, w):
         R = self.rotation()

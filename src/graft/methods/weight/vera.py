@@ -52,6 +52,7 @@ class VeRA(Delta, name="vera"):
             "https://arxiv.org/abs/2310.11454",
         ),
     )
+    passes_x = True
     small = dict(rank=6)
     peft = _VeraPeft(
         "VERA",
@@ -92,16 +93,19 @@ class VeRA(Delta, name="vera"):
         self.b = nn.Parameter(torch.zeros(site.d_out))
         self.dropout = dropout
 
-    def projections(self):
-        """A [rank, in] and B [out, rank] of this site."""
-        return self.shared.A[:, : self.site.d_in], self.shared.B[: self.site.d_out]
+    def factors(self):
+        A, d, B, b = self.prepare(None)
+        return A, b[:, None] * B * d
 
-    def forward(self, inner, x):
-        A, B = self.projections()
+    def prepare(self, inner):
+        """A [rank, in], d, B [out, rank] and b of this site: products of them would be copies of A or B at each."""
+        return self.shared.A[:, : self.site.d_in], self.d, self.shared.B[: self.site.d_out], self.b
+
+    def act(self, inner, x, A, d, B, b):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = self.site.scale(self.site.down(z, A), self.d)
-        return inner(x) + self.site.scale(self.site.up(h, B), self.b)
+        h = self.site.scale(self.site.down(z, A), d)
+        return inner(x) + self.site.scale(self.site.up(h, B), b)
 
     def weight(self, w):
-        A, B = self.projections()
-        return w + self.b[:, None] * (B @ (self.d[:, None] * A))
+        A, d, B, b = self.prepare(None)
+        return w + b[:, None] * (B @ (d[:, None] * A))
