@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Adapted, Delta, base_modules, is_owned, mount, unmount
+from .delta import Adapted, Delta, Deltas, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -168,6 +168,10 @@ class Adapter:
     ):
         if not NAME.fullmatch(name):
             raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
+        if hasattr(Deltas(), name):
+            raise GraftError(
+                f"an adapter cannot be called {name!r}, which torch's modules have an attribute for: say {name}-1"
+            )
         if isinstance(model, torch.jit.ScriptModule):
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
         cls, model = recipe.method, unwrapped(model)

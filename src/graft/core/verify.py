@@ -83,7 +83,7 @@ class Verification:
         for name in dict.fromkeys(d.adapter for d in self.deltas):
             own = [d for d in self.deltas if d.adapter == name]
             calls = sorted({d.calls for d in own if d.calls})
-            often = f", each {' or '.join(map(str, calls))} times" if calls else ""
+            often = f", each {' or '.join('once' if n == 1 else f'{n} times' for n in calls)}" if calls else ""
             lines.append(f"  {name}: {sum(not d.trouble for d in own)} of {len(own)}{often}")
         lines += [f"missed: {_at(d)}: {d.trouble}" for d in self.missed]
         lines += [f"tied: {_at(d)}: {' and '.join(d.tied)} goes on with the weight as it is" for d in self.tied]
