@@ -12,7 +12,7 @@ from .models import skeleton
 
 
 def adapter_facts(folder: str | Path, revision: str | None = None) -> list[dict[str, Any]]:
-    """What the adapters in a folder are, in our format or in Hugging Face PEFT's, innermost first."""
+    """What the adapters in a folder, or the one in a file, are, in whatever format, innermost first."""
     return [_facts(part) for part in files.parts(folder, revision)]
 
 
@@ -28,16 +28,13 @@ def _facts(part: files.Part) -> dict[str, Any]:
             kinds = Counter(s.get_dtype() for s in slices.values())
     except Exception as error:  # the library's own
         raise GraftError(f"{file} is no sound safetensors file: {error}") from error
-    theirs = "peft_type" in config
+    form = part.form()
     return {
-        "format": "peft" if theirs else "graft",
+        "format": form.name,
         "name": part.name or config.get("name"),
         **({"active": part.active} if part.name else {}),
-        "method": str(config["peft_type"]).lower() if theirs else config.get("method"),
-        "base": config.get("base_model_name_or_path" if theirs else "base_model"),
-        "base_fingerprint": config.get("base_fingerprint"),
-        "sites": len(config.get("modules", ())) or None,
-        "heads": config.get("modules_to_save" if theirs else "heads") or [],
+        **dict(method=None, base=None, base_fingerprint=None, sites=None, heads=[]),
+        **form.facts(config, list(shapes)),
         "parameters": sum(_count(shape) for shape in shapes.values()),
         "bytes": file.stat().st_size,
         "dtypes": dict(kinds),

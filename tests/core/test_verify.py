@@ -134,14 +134,15 @@ def test_neighbours_in_one_storage_are_told_apart():
 
 def test_the_fused_kernel_of_torch_is_seen_where_it_runs():
     """It runs in evaluation alone: there the deltas are bypassed, in training they are not."""
-    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(1, 3, 16)
+    layer = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    x = torch.randn(1, 3, 16)
     enabled = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # otherwise refused
-        move(graft.attach(layer, "lora", ["linear1", "linear2"], rank=2))
+        move(graft.attach(layer, "lora", ["0.linear1", "0.linear2"], rank=2))
         assert not graft.verify(layer, x).missed
         torch.backends.mha.set_fastpath_enabled(True)
-        assert [(d.calls, d.past) for d in graft.verify(layer, x).missed] == [(0, ("the model",))] * 2
+        assert [(d.calls, d.past) for d in graft.verify(layer, x).missed] == [(0, ("0",))] * 2
         assert not graft.verify(layer, x, train=True).missed
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

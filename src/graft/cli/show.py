@@ -11,7 +11,7 @@ from ._settings import split
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder, or a model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder or file, or a model.")],
     targets: Annotated[str | None, typer.Option(help="Of a model: the modules that these targets pick.")] = None,
     method: Annotated[str, typer.Option(help="Of a model: for which method.")] = "lora",
     as_json: Json = False,
@@ -69,7 +69,9 @@ def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
     from ..training.messages import nearest
 
     folder = Path(name).expanduser()
-    if any((folder / file).exists() for file in (CONFIG, CHAIN)):
+    if any((folder / file).exists() for file in (CONFIG, CHAIN)) or (
+        folder.is_file() and folder.suffix == ".safetensors"
+    ):
         found = adapter_facts(folder)
         return ("adapter", found[0]) if len(found) == 1 else ("adapters", {"adapters": found})
     if folder.is_dir() or name in ships() or "/" in name:

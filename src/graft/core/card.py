@@ -12,6 +12,7 @@ from .hyper import hyperparameters
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .formats import Format
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,7 +23,7 @@ def class_name(model: nn.Module) -> str:
     return getattr(model, "host_class", type(model)).__name__
 
 
-def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
+def card(adapter: "Adapter", base: str | None, form: "type[Format]", title: str) -> str:
     """README.md of one adapter, with the front matter that hubs read."""
     cls, recipe, model = adapter.recipe.method, adapter.recipe, adapter.model
     known = hyperparameters(cls)
@@ -30,7 +31,7 @@ def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
     heads = [path for path, _ in adapter.heads]
     about = " ".join((cls.__doc__ or cls.name).strip().partition("\n\n")[0].split())
     lines = [
-        *_top([cls.name], base, format, title),
+        *_top([cls.name], base, form, title),
         f"A {cls.__name__} adapter for {_named(model, base)}: "
         f"{_count(adapter):,} parameters at {len(adapter.deltas) - len(heads)} modules"
         + (f", with the trained heads {', '.join(f'`{h}`' for h in heads)}." if heads else "."),
@@ -38,7 +39,7 @@ def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
         f"> {about}",
         "",
         *_loading(model, base, title),
-        *(["", f"Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."] * (format == "peft")),
+        *(["", form.loading.format(title=title)] if form.loading else []),
         "",
         "## Hyperparameters",
         "",
@@ -53,7 +54,7 @@ def card(adapter: "Adapter", base: str | None, format: str, title: str) -> str:
 
 
 def chain_card(
-    adapters: dict[str, "Adapter"], active: tuple[str, ...], base: str | None, format: str, title: str
+    adapters: dict[str, "Adapter"], active: tuple[str, ...], base: str | None, form: "type[Format]", title: str
 ) -> str:
     """README.md of a folder of several adapters, innermost first."""
     model = next(iter(adapters.values())).model
@@ -64,7 +65,7 @@ def chain_card(
         for name, a in adapters.items()
     ]
     lines = [
-        *_top([cls.name for cls in methods], base, format, title),
+        *_top([cls.name for cls in methods], base, form, title),
         f"{len(adapters)} adapters for {_named(model, base)}, in the order of their chain, innermost first:",
         "",
         "| adapter | method | runs | parameters | modules | heads |",
@@ -90,8 +91,9 @@ def _named(model: nn.Module, base: str | None) -> str:
     return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"a {class_name(model)}"
 
 
-def _top(methods: Iterable[str], base: str | None, format: str, title: str) -> list[str]:
-    front = {"library_name": format, "tags": f"[{', '.join(dict.fromkeys((format, *methods, 'adapter')))}]"}
+def _top(methods: Iterable[str], base: str | None, form: "type[Format]", title: str) -> list[str]:
+    tags = ", ".join(dict.fromkeys((form.name, *methods, "adapter")))
+    front = {"library_name": form.library, "tags": f"[{tags}]"}
     if _on_hub(base):
         front |= {"base_model": base, "base_model_relation": "adapter"}
     return ["---", *(f"{key}: {value}" for key, value in front.items()), "---", "", f"# {title}", ""]

@@ -1,6 +1,7 @@
 """Adapters as folders: adapter_model.safetensors, adapter_config.json and a model card, README.md.
 
 Several adapters are one folder with a folder for each of them, and adapters.json, which holds the order of their chain.
+The formats of other libraries are in formats/.
 Nothing is ever unpickled, nothing is half-written, and a file that cannot be loaded leaves the model as it was.
 """
 
@@ -10,7 +11,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from . import peft
 from .adapter import NAME, Adapter, activate, adapters, registry, unwrapped
 from .card import card, chain_card, class_name
 from .delta import Delta, base_modules, is_finite
@@ -37,14 +37,14 @@ from .folder import (
     read_tensors,
     tensor_bytes,
     write,
+    write_file,
 )
+from .formats import FORMATS, Fingerprints, Format, Saved, file_names
+from .formats import load as load_formats
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe, method
 
 FORMAT = 1  # raised when the layout of the folder changes
-FORMATS = ("graft", "peft")
-
-Fingerprints = Callable[[tuple[str, ...]], str | None]  # of one model, by the modules that do not count
 
 
 def save_adapter(
@@ -55,17 +55,23 @@ def save_adapter(
     base_model: str | None = None,
     format: str = "graft",
 ) -> None:
-    """Write `adapter` as a folder.
+    """Write `adapter` as a folder, or as one file where the format is one.
 
     overwrite   replace what is there already, one adapter or several (never a folder which holds anything else)
     base_model  the base's id on the Hugging Face hub or its folder; left out, what its configuration says
-    format      "graft", or "peft" for Hugging Face PEFT, wherever PEFT has the method
+    format      "graft", or that of another library wherever it has the method: "peft" (Hugging Face PEFT), "vllm" (a
+                LoRA that vLLM serves), "adapters" (the library of AdapterHub), "lycoris" or "kohya" (one .safetensors
+                file)
 
-    The folder is written beside its place and renamed: it is complete, or it is not there. GraftError if the place is
-    taken, if a tensor holds NaN or infinity, or if PEFT has no such method.
+    What is written is written beside its place and renamed: it is complete, or it is not there. GraftError if the
+    place is taken, if a tensor holds NaN or infinity, or if the other library computes nothing of the kind.
     """
     place = Path(folder)
-    write(place, _contents(adapter, place.resolve().name, base_model, format, _fingerprints(adapter.model)), overwrite)
+    files = _contents(adapter, place.resolve().name, base_model, format, _fingerprints(adapter.model))
+    if FORMATS[format].single:
+        write_file(place, files[""], overwrite)
+    else:
+        write(place, files, overwrite, file_names())
 
 
 def save(
@@ -98,13 +104,15 @@ def save(
     files, entries = {}, []
     for name, adapter in chosen.items():
         own = _contents(adapter, f"{title}/{name}", base_model, format, prints)
+        if FORMATS[format].single:
+            raise GraftError(f"a file of the format {format!r} holds one adapter: save each with Adapter.save")
         files |= {f"{name}/{file}": content for file, content in own.items()}
-        sums = {file: zlib.crc32(own[file]) for file in (CONFIG, TENSORS)}
+        sums = {file: zlib.crc32(content) for file, content in own.items() if file != CARD}
         entries.append({"name": name, "active": name in found.active, "crc32": sums})
     chain = {"format": "graft", "format_version": FORMAT, "library_version": __version__, "adapters": entries}
     files[CHAIN] = json_bytes(chain | {"checksum": _checksum(chain)})
-    files[CARD] = chain_card(chosen, found.active, _base(found.model, base_model), format, title).encode()
-    write(place, files, overwrite)
+    files[CARD] = chain_card(chosen, found.active, _base(found.model, base_model), FORMATS[format], title).encode()
+    write(place, files, overwrite, file_names())
 
 
 def load(
@@ -116,7 +124,7 @@ def load(
     allow_other_base: bool = False,
     revision: str | None = None,
 ) -> Any:
-    """Put what was saved on `model`: a local folder or an id on the Hugging Face hub, in our format or in PEFT's.
+    """Put what was saved on `model`: a local folder or file or an id on the Hugging Face hub, in any format.
 
     name              of the adapter on the model, or {saved name: name} of several; by default as they were saved
     trainable         go on training; frozen if left out
@@ -152,7 +160,7 @@ def load(
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter in a folder: the only one there, without a name, or one of several in the order of their chain."""
+    """A saved adapter: a file, a folder's only one, without a name, or one of several in the order of their chain."""
 
     root: Path
     name: str = ""  # and the folder inside `root`
@@ -160,17 +168,46 @@ class Part:
     crc32: Mapping[str, int] = field(default_factory=dict)  # of its files
 
     def config(self) -> dict[str, Any]:
-        """Its configuration, in our format or in PEFT's, as it stands: nothing of it is checked."""
-        return read_json(own_file(self.root, str(Path(self.name, CONFIG))), self.crc32.get(CONFIG))
+        """Its configuration as it stands, {} of a single file: nothing of it is checked."""
+        return {} if self.root.is_file() else read_json(self.path(CONFIG), self.crc32.get(CONFIG))
+
+    def form(self) -> type[Format]:
+        """The format it is in."""
+        load_formats()
+        config = None if self.root.is_file() else self.config()
+        for form in FORMATS.values():
+            if form.recognises(config):
+                return form
+        signs = ", ".join(f"{form.name} has {form.sign}" for form in FORMATS.values() if form.sign)
+        raise GraftError(f"{self.root / self.name / CONFIG} is of no format that is known here: {signs}")
+
+    def path(self, name: str) -> Path:
+        """A file of its folder."""
+        return own_file(self.root, str(Path(self.name, name)))
 
     def file(self) -> Path:
-        """Its safetensors file."""
-        return own_file(self.root, str(Path(self.name, TENSORS)))
+        """The file of its tensors."""
+        return self.root if self.root.is_file() else self.path(next(n for n in self.form().files if n != CONFIG))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Tensors and JSON objects by file."""
+        if self.root.is_file():
+            return {"": read_tensors(self.root)}
+        config, form = self.config(), self.form()
+        read: dict[str, dict[str, Any]] = {CONFIG: config}
+        there = [name for name in form.optional if (self.root / self.name / name).exists()]
+        for name in (n for n in (*form.files, *there) if n != CONFIG):
+            file, known = self.path(name), self.crc32.get(name)
+            if name.endswith(".json"):
+                read[name] = read_json(file, known)
+            else:
+                read[name] = read_tensors(file, known, config.get("tensors_crc32") if name == TENSORS else None)
+        return read
 
 
 def parts(folder: str | os.PathLike, revision: str | None = None) -> list[Part]:
     """The adapters in a folder or in a repository on the hub, innermost first."""
-    place = locate(folder, revision, lambda place: [part.name for part in _chain(place)])
+    place = locate(folder, revision, lambda place: [part.name for part in _chain(place)], file_names())
     return _chain(place) if (place / CHAIN).exists() else [Part(place)]
 
 
@@ -197,19 +234,38 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-@dataclass
-class Saved:
-    """What a folder holds, in either format."""
+class _Graft(Format, name="graft"):
+    """Our own folder."""
 
-    recipe: Recipe
-    modules: list[str]
-    heads: list[str]
-    tensors: dict[str, Tensor]  # as in Adapter.state_dict
-    targets: Any = None  # as the user gave them
-    name: str = "default"
-    seed: int = 0
-    dtype: torch.dtype | None = None
-    task: dict[str, Any] = field(default_factory=dict)
+    library = "graft"
+    sign = '"format": "graft"'
+
+    @classmethod
+    def recognises(cls, config):
+        return config is not None and config.get("format") == "graft"
+
+    def read(self, model, parts):
+        saved = _from_graft(parts[CONFIG], parts[TENSORS])
+        if self.prints is not None:
+            _check_base(model, parts[CONFIG], self.prints)
+        return saved
+
+    def write(self, adapter, base):
+        tensors = tensor_bytes(adapter.state_dict())
+        config = _config(adapter, base, self.prints or _fingerprints(adapter.model)) | {
+            "tensors_crc32": zlib.crc32(tensors)
+        }
+        return {TENSORS: tensors, CONFIG: json_bytes(config | {"checksum": _checksum(config)})}
+
+    @classmethod
+    def facts(cls, config, keys):
+        return {
+            "method": config.get("method"),
+            "base": config.get("base_model"),
+            "base_fingerprint": config.get("base_fingerprint"),
+            "sites": len(config.get("modules", ())) or None,
+            "heads": config.get("heads") or [],
+        }
 
 
 # Writing
@@ -219,6 +275,7 @@ def _contents(
     adapter: Adapter, title: str, base_model: str | None, format: str, prints: Fingerprints
 ) -> dict[str, bytes]:
     """The files of one adapter."""
+    load_formats()
     if format not in FORMATS:
         raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
     if found := registry(adapter.model):
@@ -227,16 +284,8 @@ def _contents(
     if not is_finite(state.values()):
         broken = next(key for key, value in state.items() if not is_finite([value]))
         raise GraftError(f"{broken} of adapter {adapter.name!r} holds NaN or infinity: nothing was saved")
-    base = _base(adapter.model, base_model)
-    if format == "peft":
-        config, state = peft.write(adapter)
-        config["base_model_name_or_path"] = base
-        tensors = tensor_bytes(state)
-    else:
-        tensors = tensor_bytes(state)
-        config = _config(adapter, base, prints) | {"tensors_crc32": zlib.crc32(tensors)}
-        config["checksum"] = _checksum(config)
-    return {TENSORS: tensors, CONFIG: json_bytes(config), CARD: card(adapter, base, format, title).encode()}
+    form, base = FORMATS[format], _base(adapter.model, base_model)
+    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(adapter, base)
 
 
 def _base(model: nn.Module, given: str | None) -> str | None:
@@ -312,8 +361,6 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 
 def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     """Check a configuration in our format, entry by entry."""
-    if config.get("format") != "graft":
-        raise GraftError(f'{CONFIG} is neither graft\'s ("format": "graft") nor PEFT\'s ("peft_type": ...)')
     _check_format(config, CONFIG)
     for name, kinds in _FIELDS.items():
         if name not in config:
@@ -441,16 +488,8 @@ def _names(name: str | Mapping[str, str] | None, stored: list[Part], taken: Iter
 
 
 def _read(model: nn.Module, part: Part, prints: Fingerprints | None) -> Saved:
-    """What a folder holds; without `prints` for any base."""
-    config = part.config()
-    tensors = read_tensors(part.file(), config.get("tensors_crc32"), part.crc32.get(TENSORS))
-    if "peft_type" in config:
-        recipe, modules, heads, state = peft.read(model, config, tensors)
-        return Saved(recipe, modules, heads, state, targets=config.get("target_modules"))
-    saved = _from_graft(config, tensors)
-    if prints is not None:
-        _check_base(model, config, prints)
-    return saved
+    """What a folder or file holds; without `prints` for any base."""
+    return part.form()(prints).read(model, part.read())
 
 
 def _attach(model: nn.Module, made: Iterable[Adapter], running: list[str]) -> None:

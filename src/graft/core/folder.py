@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,25 @@ from .errors import GraftError
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CHAIN = "adapters.json"  # of a folder of several adapters, each in a folder of its own inside
 MOST_CONFIG = 2**26  # bytes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 # Reading
 
 
-def locate(folder: str | os.PathLike, revision: str | None, parts: Callable[[Path], list[str]]) -> Path:
-    """The folder of adapters; an id of the hub is fetched, if no local folder is called so.
+def locate(
+    folder: str | os.PathLike, revision: str | None, parts: Callable[[Path], list[str]], files: Collection[str]
+) -> Path:
+    """The folder of adapters, or a single file; an id of the hub is fetched, if nothing local is called so.
 
-    `parts` tells from a folder with the file CHAIN which folders inside belong to it.
+    `parts` tells from a folder with the file CHAIN which folders inside belong to it, `files` what each may hold.
     """
     place = Path(folder)
-    if place.is_dir():
+    if place.is_dir() or (place.is_file() and place.suffix == ".safetensors"):
         return place
     if place.exists():
-        raise GraftError(f"{place} is a file: an adapter is a folder with {CONFIG} and {TENSORS}")
+        hint = ": it is a pickle, which is never read; convert it to safetensors" if place.suffix in PICKLES else ""
+        raise GraftError(f"{place} is neither a folder with {CONFIG} nor a .safetensors file{hint}")
     if not HUB_ID.fullmatch(str(folder)):
         raise GraftError(f"there is no folder {str(place)!r}")
     try:
@@ -45,9 +49,9 @@ def locate(folder: str | os.PathLike, revision: str | None, parts: Callable[[Pat
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(files)))
 
     try:
-        place = fetch(CHAIN, CONFIG, TENSORS)
+        place = fetch(CHAIN, *files)
         if (place / CHAIN).exists():
-            place = fetch(CHAIN, *(f"{part}/{file}" for part in parts(place) for file in (CONFIG, TENSORS)))
+            place = fetch(CHAIN, *(f"{part}/{file}" for part in parts(place) for file in files))
         return place
     except GraftError:
         raise
@@ -62,8 +66,7 @@ def own_file(place: Path, name: str) -> Path:
     """A file of the folder itself: no link leads out of it, save the hub cache's to its own store."""
     file, root = place / name, place.resolve()
     if not file.exists():
-        pickles = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-        pickled = [f for f in pickles if (file.parent / f).exists()]
+        pickled = sorted(other.name for other in file.parent.glob("*") if other.suffix in PICKLES)
         hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
         raise GraftError(f"{place} holds no {name}{hint}")
     real = file.resolve()
@@ -129,14 +132,17 @@ def json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
-    """Write the files {path inside: content} as one folder: beside its place, flushed to the disk, then renamed."""
+def write(folder: Path, files: dict[str, bytes], overwrite: bool, known: Collection[str]) -> None:
+    """Write the files {path inside: content} as one folder: beside its place, flushed to the disk, then renamed.
+
+    `known` are the files that a folder which is replaced may hold.
+    """
     folder = folder.resolve()
     inside = False
     if folder.exists():
         if not folder.is_dir():
             raise GraftError(f"{folder} is a file: choose another place for the adapter")
-        if strange := _foreign(folder):
+        if strange := _foreign(folder, known):
             raise GraftError(f"{folder} holds {strange}, which is no part of an adapter: choose another folder")
         inside = bool(os.listdir(folder))
         if inside and not overwrite:
@@ -147,10 +153,7 @@ def write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
         new.mkdir(parents=True)
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
-            with open(new / name, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _put(new / name, content)
         for place in {new, *((new / name).parent for name in files)}:
             _flush(place)
         if inside:
@@ -169,17 +172,45 @@ def write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _foreign(folder: Path) -> str | None:
+def write_file(file: Path, content: bytes, overwrite: bool) -> None:
+    """Write one file: beside its place, flushed to the disk, then renamed."""
+    file = file.resolve()
+    if file.suffix != ".safetensors":
+        raise GraftError(f"this format is a single file: {file.name!r} must end in .safetensors")
+    if file.is_dir():
+        raise GraftError(f"{file} is a folder: choose another place for the adapter")
+    if file.exists() and not overwrite:
+        raise GraftError(f"{file} is there already: pass overwrite=True to replace it")
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _put(new, content)
+        os.replace(new, file)
+        _flush(file.parent)
+    except OSError as error:
+        raise GraftError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _put(file: Path, content: bytes) -> None:
+    with open(file, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _foreign(folder: Path, files: Collection[str]) -> str | None:
     """Something in the folder that is no part of one or several adapters, or None."""
     inside = sorted(os.listdir(folder))
     several = CHAIN in inside
-    known = {CHAIN, CARD} if several else {CONFIG, TENSORS, CARD} if CONFIG in inside else set()
+    known = {CHAIN, CARD} if several else {CARD, *files} if CONFIG in inside else ()
     for name in inside:
         place = folder / name
         if name in known and place.is_file():
             continue
         if several and place.is_dir() and not place.is_symlink() and CHAIN not in os.listdir(place):
-            if (strange := _foreign(place)) is None:
+            if (strange := _foreign(place, files)) is None:
                 continue
             name = f"{name}/{strange}"
         return name

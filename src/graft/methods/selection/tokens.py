@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper, base_modules
 from ...core.errors import GraftError
-from ...core.peft import OWN, As, Peft
+from ...core.formats.peft import OWN, As, Peft
 
 
 class _TokensPeft(Peft):
@@ -73,6 +73,7 @@ class Tokens(Delta, name="tokens"):
     hosts = ("embedding", "linear")
     targets = "tokens"
     brings_rows = True
+    passes_x = True
     small = dict(tokens=(1, 3, 6))
     peft = _TokensPeft(
         "TRAINABLE_TOKENS",

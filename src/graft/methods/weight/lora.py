@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.formats.lycoris import LowRank, kernel, matrix, point, tucker
+from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 from ...core.hyper import Range
-from ...core.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 
 
 def _changes_base(config: dict) -> str | None:
@@ -20,6 +21,14 @@ def _changes_base(config: dict) -> str | None:
         f"init_lora_weights={init!r} changed the base's weights; save it with PEFT's "
         f"path_initial_model_for_weight_conversion first, which makes a plain LoRA of it"
     )
+
+
+class LoCon(LowRank):
+    """LyCORIS's LoRA, at a convolution perhaps in Tucker form: up, a core in the middle, and down."""
+
+    def plain(self, site, found):
+        mid = found.pop("lora_mid.weight", None)
+        return found if mid is None else found | {"lora_down.weight": tucker(mid, found["lora_down.weight"])}
 
 
 class LoRA(Delta, name="lora"):
@@ -41,6 +50,7 @@ class LoRA(Delta, name="lora"):
         ),
     )
     small = dict(rank=2)
+    passes_x = True
     peft = Peft(
         "LORA",
         {"A": As("lora_A.weight", to_input_kernel, to_matrix), "B": As("lora_B.weight", to_point_kernel, to_matrix)},
@@ -53,6 +63,11 @@ class LoRA(Delta, name="lora"):
             {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
         ),
         refuses=_changes_base,
+    )
+    lycoris = LoCon(
+        {"A": As("lora_down.weight", kernel, matrix), "B": As("lora_up.weight", point, matrix)},
+        also=frozenset({"lora_mid.weight"}),
+        rank="A",
     )
 
     def __init__(
