@@ -112,6 +112,17 @@ def test_adapters_that_are_switched_off_are_not_asked_for():
         graft.verify(gpt2(), IDS)
 
 
+def test_rows_with_adapters_of_their_own_are_refused():
+    model = llama()
+    for name in "ab":
+        graft.attach(model, "lora", name=name, rank=2)
+    with pytest.raises(GraftError, match="not one for each row"):
+        graft.verify(model, IDS | {"adapters": ["a", "b", None]})
+    with graft.route(model, ["a", "b", None]), pytest.raises(GraftError, match="not one for each row"):
+        graft.verify(model, IDS)
+    assert not graft.verify(model, IDS).missed
+
+
 @pytest.mark.parametrize("targets, tied", [("embeddings", {"model.embed_tokens": ("lm_head",)}), ("tokens", {}),
                                            ("lm_head", {"lm_head": ("model.embed_tokens",)})])  # fmt: skip
 def test_tied_weights_are_told_and_no_fault(targets, tied):
