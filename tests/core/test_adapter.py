@@ -339,6 +339,10 @@ def test_names_and_unknown_adapters():
     model = llama()
     with pytest.raises(graft.GraftError, match="letters, digits"):
         graft.attach(model, "lora", name="../a")
+    for name in ("update", "train", "training", "keys"):
+        with pytest.raises(graft.GraftError, match=f"cannot be called '{name}'.* say {name}-1"):
+            graft.attach(model, "lora", name=name)
+        graft.attach(model, "lora", name=f"{name}-1").detach()
     graft.attach(model, "lora", name="a")
     with pytest.raises(graft.GraftError, match="has an adapter called 'a' already"):
         graft.attach(model, "lora", name="a")

@@ -9,6 +9,7 @@ from torch import nn
 
 import graft
 from graft import GraftError
+from graft.core import delta as core
 from graft.core.delta import METHODS
 from graft.methods import load as load_methods
 from models import bert, gpt2, llama, move, picture, tokens
@@ -110,6 +111,18 @@ def test_adapters_that_are_switched_off_are_not_asked_for():
         graft.verify(model, IDS)
     with pytest.raises(GraftError, match="runs no adapter"):
         graft.verify(gpt2(), IDS)
+
+
+def test_rows_with_adapters_of_their_own_are_refused(monkeypatch):
+    monkeypatch.setattr(core, "routed", core.routed)  # which stays set once a route was opened
+    model = llama()
+    for name in "ab":
+        graft.attach(model, "lora", name=name, rank=2)
+    with pytest.raises(GraftError, match="not one for each row"):
+        graft.verify(model, IDS | {"adapters": ["a", "b", None]})
+    with graft.route(model, ["a", "b", None]), pytest.raises(GraftError, match="not one for each row"):
+        graft.verify(model, IDS)
+    assert not graft.verify(model, IDS).missed
 
 
 @pytest.mark.parametrize("targets, tied", [("embeddings", {"model.embed_tokens": ("lm_head",)}), ("tokens", {}),

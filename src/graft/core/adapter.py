@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import delta as core
-from .delta import Adapted, Delta, base_modules, is_owned, mount, unmount
+from .delta import Adapted, Delta, Deltas, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -150,6 +150,10 @@ class Registry:
 def check_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
+    if hasattr(Deltas(), name):
+        raise GraftError(
+            f"an adapter cannot be called {name!r}, which torch's modules have an attribute for: say {name}-1"
+        )
 
 
 def registry(model: nn.Module) -> Registry | None:

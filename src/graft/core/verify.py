@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import delta as core
 from .adapter import Adapter, adapters, unwrapped
 from .card import class_name
 from .delta import Adapted, Delta, base_modules
@@ -83,7 +84,7 @@ class Verification:
         for name in dict.fromkeys(d.adapter for d in self.deltas):
             own = [d for d in self.deltas if d.adapter == name]
             calls = sorted({d.calls for d in own if d.calls})
-            often = f", each {' or '.join(map(str, calls))} times" if calls else ""
+            often = f", each {' or '.join('once' if n == 1 else f'{n} times' for n in calls)}" if calls else ""
             lines.append(f"  {name}: {sum(not d.trouble for d in own)} of {len(own)}{often}")
         lines += [f"missed: {_at(d)}: {d.trouble}" for d in self.missed]
         lines += [f"tied: {_at(d)}: {' and '.join(d.tied)} goes on with the weight as it is" for d in self.tied]
@@ -113,6 +114,13 @@ def verify(
     chain = {name: a for name, a in adapters(model).items() if a.active}
     if not chain:
         raise GraftError(f"{class_name(model)} runs no adapter: there is no delta to reach")
+    first = next(iter(next(iter(chain.values())).deltas.values()))
+    routed = core.routed is not None and core.routed(first.site.module, first.place) is not None
+    if routed or (isinstance(batch, Mapping) and batch.get("adapters") is not None):
+        raise GraftError(
+            "verify runs the adapters that are active, not one for each row: leave adapters= and graft.route out, and "
+            "activate those to verify"
+        )
     # A frozen adapter too: what is asked is whether a gradient would get there.
     parameters = [p for a in chain.values() for p in a.parameters() if p.is_floating_point()] if train else []
     flags = [p.requires_grad for p in parameters]
