@@ -176,7 +176,7 @@ class Edit(Delta):
 
     def forward(self, inner, *args, **kwargs):
         out = inner(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
+        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         if isinstance(out, tuple):
             return (self.edit(out[0], x), *out[1:])
         return self.edit(out, x)

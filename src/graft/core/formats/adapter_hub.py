@@ -154,23 +154,34 @@ class AdapterHub:
         return {}
 
     def read(
-        self, method: type[Delta], model: nn.Module, config: dict[str, Any], found: dict[str, dict[str, Tensor]]
+        self,
+        method: type[Delta],
+        model: nn.Module,
+        config: dict[str, Any],
+        tensors: dict[tuple[str, str, str], Tensor],
     ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-        """Our hyperparameters, and our tensors by path, for the library's by module."""
+        """Our hyperparameters, and our tensors by path, for the library's by module, collection and name."""
+        known = self.config.keys() | self.fixed.keys() | self.neutral | NEUTRAL
+        for name, value in config.items():
+            if value != self.fixed[name] if name in self.fixed else value and name not in known:
+                raise GraftError(f"{UNREAD}: {method.name} has no counterpart of {name}={value!r}")
+        if lacking := [name for name in self.config if name not in config]:
+            raise GraftError(f"{UNREAD}: its configuration lacks {lacking[0]}")
+        found: dict[str, dict[str, Tensor]] = {}
+        for (home, kind, name), value in tensors.items():
+            if kind != self.kind:
+                raise GraftError(f"{UNREAD}: {method.name} has no counterpart of {kind} at {home} ({name})")
+            found.setdefault(home, {})[name] = value
+        if not found:
+            raise GraftError(f"{UNREAD}: it holds no tensor")
         places = {home: path for path, (_, _, home) in self.homes(method, model).items()}
         if lost := [home for home in found if home not in places]:
             raise GraftError(f"{UNREAD}: the model has no place for {lost[0]}, is this the right base?")
         modules, state = base_modules(model), {}
-        for home, tensors in found.items():
+        for home, own in found.items():
             site = site_for(places[home], modules[places[home]], method.hosts)
             self.check(site)
-            state[site.path] = self.site_in(site, tensors, config)
-        known = self.config.keys() | self.fixed.keys() | self.neutral | NEUTRAL
-        for name, value in config.items():
-            if (name in self.fixed and value != self.fixed[name]) or (name not in known and value):
-                raise GraftError(f"{UNREAD}: {method.name} has no counterpart of {name}={value!r}")
-        if lacking := [name for name in self.config if name not in config]:
-            raise GraftError(f"{UNREAD}: its configuration lacks {lacking[0]}")
+            state[site.path] = self.site_in(site, own, config)
         hyper = {name: config[field_name] for field_name, name in self.config.items()}
         return hyper | self.read_config(config, state), state
 
@@ -369,15 +380,7 @@ def _read(model: nn.Module, parts: dict[str, dict[str, Any]]) -> Saved:
     cls = _method(config)
     _check_model(cls, model, UNREAD)
     table = _table(cls)
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in parts[ADAPTER].items():
-        home, kind, tensor = _split(key, name)
-        if kind != table.kind:
-            raise GraftError(f"{UNREAD}: {cls.name} has no counterpart of its tensor {key}")
-        found.setdefault(home, {})[tensor] = value
-    if not found:
-        raise GraftError(f"{UNREAD}: it holds no tensor")
-    hyper, own = table.read(cls, model, config, found)
+    hyper, own = table.read(cls, model, config, {_split(key, name): value for key, value in parts[ADAPTER].items()})
     heads, extra = _heads(model, parts.get(HEAD, {}))
     state = {f"{path}:{tensor}": value for path, tensors in own.items() for tensor, value in tensors.items()}
     return Saved(Recipe(cls, hyper), list(own), heads, state | extra, targets=list(own), name=name)

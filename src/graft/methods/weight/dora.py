@@ -44,9 +44,7 @@ class _DoraHub(LoraHub):
 
     def read_config(self, config, state):
         if config["alpha"] != config["r"]:
-            raise GraftError(
-                f"`adapters` leaves alpha={config['alpha']} out of DoRA's norms where it is not r: no exchange"
-            )
+            raise GraftError(f"`adapters` leaves alpha={config['alpha']} out of DoRA's norms: only alpha = r is DoRA")
         return {"alpha": float(config["alpha"])}
 
 
