@@ -32,7 +32,7 @@ def _facts(part: files.Part) -> dict[str, Any]:
     return {
         "format": form.name,
         "name": part.name or config.get("name"),
-        "active": part.active,
+        **({"active": part.active} if part.name else {}),
         **dict(method=None, base=None, base_fingerprint=None, sites=None, heads=[]),
         **form.facts(config, list(shapes)),
         "parameters": sum(_count(shape) for shape in shapes.values()),

@@ -67,6 +67,7 @@ class DoRA(Delta, name="dora"):
         Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
     )
     small = dict(rank=2)
+    passes_x = True
     peft = replace(
         LoRA.peft,
         tensors={f"low.{name}": form for name, form in LoRA.peft.tensors.items()} | {"m": _M},

@@ -64,6 +64,7 @@ class LoRA(Delta, name="lora"):
         ),
     )
     small = dict(rank=2)
+    passes_x = True
     peft = Peft(
         "LORA",
         {"A": As("lora_A.weight", to_input_kernel, to_matrix), "B": As("lora_B.weight", to_point_kernel, to_matrix)},
