@@ -237,6 +237,7 @@ def _is_entry(entry: Any) -> bool:
 class _Graft(Format, name="graft"):
     """Our own folder."""
 
+    title = "graft"
     library = "graft"
     sign = '"format": "graft"'
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..card import class_name
 from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
 from ..folder import CONFIG, json_bytes, tensor_bytes
@@ -306,6 +307,7 @@ class LoraHub(AdapterHub):
 class AdapterHubFormat(Format, name="adapters"):
     """The folder of the library `adapters`, as it saves it with use_safetensors=True."""
 
+    title, table = "`adapters`", "adapter_hub"
     files = (CONFIG, ADAPTER)
     optional = (HEAD_CONFIG, HEAD)
     library = "adapters"
@@ -318,14 +320,13 @@ class AdapterHubFormat(Format, name="adapters"):
 
     def write(self, adapter, base):
         cls, model = adapter.recipe.method, adapter.model
-        table = _table(cls)
-        if not isinstance(table, AdapterHub):
-            raise GraftError(f"`adapters` has no format for {cls.name}{f' ({table})' if table else ''}: {OWN}")
+        table = self.check(cls)
         _check_model(cls, model, OWN)
         config, tensors = table.write(adapter)
+        base_config: Any = model.config
         about = {
-            "hidden_size": model.config.hidden_size,
-            "model_class": type(model).__name__,
+            "hidden_size": base_config.hidden_size,
+            "model_class": class_name(model),
             "model_name": base or "",
             "model_type": model_type(model),
             "version": VERSION,
@@ -341,7 +342,7 @@ class AdapterHubFormat(Format, name="adapters"):
                 raise GraftError(f"`adapters` takes heads outside of {prefix} only, not {inside[0]}: {OWN}")
             heads = {f"{path}.{name.removeprefix(COPY)}": value
                      for path in paths for name, value in adapter.deltas[path].state_dict().items()}  # fmt: skip
-            labels = getattr(model.config, "label2id", None)
+            labels = getattr(base_config, "label2id", None)
             head = {"config": None, "name": None, "num_labels": len(labels or ()), "label2id": labels}
             files |= {HEAD: tensor_bytes(heads), HEAD_CONFIG: json_bytes(about | head)}
         return files
@@ -416,8 +417,7 @@ def _split(key: str, name: str) -> tuple[str, str, str]:
     return home, kind, tensor
 
 
-def _table(cls: type[Delta]) -> Any:
-    return getattr(cls, "adapter_hub", None)
+_table = AdapterHubFormat.stored
 
 
 def _misfits(cls: type[Delta], config: dict[str, Any]) -> int:

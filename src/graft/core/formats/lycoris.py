@@ -131,6 +131,7 @@ def matrix(site: Site, value: Tensor) -> Tensor:
 class LycorisFormat(Format, name="lycoris"):
     """A file of LyCORIS for one model of any kind."""
 
+    title, table = "LyCORIS", "lycoris"
     single = True
 
     @classmethod
@@ -142,10 +143,7 @@ class LycorisFormat(Format, name="lycoris"):
         return LYCORIS, path
 
     def write(self, adapter, base):
-        cls = adapter.recipe.method
-        table = _table(cls)
-        if not isinstance(table, Lycoris):
-            raise GraftError(f"LyCORIS has no format for {cls.name}{f' ({table})' if table else ''}: {OWN}")
+        table = self.check(adapter.recipe.method)
         if adapter.heads:
             raise GraftError(f"LyCORIS stores no heads, such as {adapter.heads[0][0]}: {OWN}")
         names = _by_name(adapter.model)
@@ -226,7 +224,7 @@ def _read(model: nn.Module, tensors: dict[str, Tensor]) -> Saved:
         site = site_for(path, every[path], cls.hosts)
         if site.kind not in cls.hosts:
             raise GraftError(f"{UNREAD}: {cls.name} does not adapt {path}, a {type(site.module).__name__}")
-        values, own = _table(cls).read(site, {name: tensors[f"{module}.{name}"] for name in names})
+        values, own = LycorisFormat.stored(cls).read(site, {name: tensors[f"{module}.{name}"] for name in names})
         for key, value in values.items():
             hyper[key][path] = value
         state |= {f"{path}:{name}": value for name, value in own.items()}
@@ -290,16 +288,12 @@ def _resolved(model: nn.Module, modules: Any) -> dict[str, str]:
     return paths
 
 
-def _table(cls: type[Delta]) -> Any:
-    return getattr(cls, "lycoris", None)
-
-
 def _method(names: set[str]) -> type[Delta] | None:
     from ... import methods
 
     methods.load()
-    fitting = (cls for cls in METHODS.values() if isinstance(_table(cls), Lycoris) and _table(cls).fits(names))
-    return next(fitting, None)
+    tables = {cls: LycorisFormat.stored(cls) for cls in METHODS.values()}
+    return next((cls for cls, table in tables.items() if isinstance(table, Lycoris) and table.fits(names)), None)
 
 
 def _reason(module: str, names: list[str]) -> str:

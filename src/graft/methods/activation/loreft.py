@@ -12,7 +12,7 @@ from ...core.errors import GraftError
 from ...core.formats.adapter_hub import AdapterHub, blocks
 from ...core.hyper import Range
 
-_BASE, _ROWS = (f"projection.parametrizations.weight.{name}" for name in ("0.base", "original"))
+_ROWS = "projection.parametrizations.weight.original"
 
 
 class _ReftHub(AdapterHub):
@@ -32,7 +32,7 @@ class _ReftHub(AdapterHub):
             edits = edits[:1]
         found = {}
         for i, edit in enumerate(edits):
-            projection = _projection(*edit.rows.shape, edit.rows.dtype)
+            projection = _projection(edit.rows)
             projection.weight = edit.basis().detach()
             source = {f"learned_source.{name}": value for name, value in edit.source.state_dict().items()}
             made = {f"projection.{name}": value for name, value in projection.state_dict().items()}
@@ -49,7 +49,7 @@ class _ReftHub(AdapterHub):
         state = {}
         for i, unit in enumerate(wanted):
             own = {k.removeprefix(f"units.{unit}."): v for k, v in found.items() if k.startswith(f"units.{unit}.")}
-            projection = _projection(*own[_ROWS].shape, own[_ROWS].dtype)
+            projection = _projection(own[_ROWS])
             names = {name: value for name, value in own.items() if name.startswith("projection.")}
             projection.load_state_dict({name.removeprefix("projection."): value for name, value in names.items()})
             state |= {
@@ -63,9 +63,10 @@ class _ReftHub(AdapterHub):
         return {"tied": bool(config["tied_weights"])}
 
 
-def _projection(rank: int, width: int, dtype: torch.dtype) -> Any:
-    """A map with orthonormal rows, as `adapters` has it."""
-    return nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False, dtype=dtype))
+def _projection(like: Tensor) -> Any:
+    """A map with orthonormal rows [rank, width], as `adapters` has it."""
+    rank, width = like.shape
+    return nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False, dtype=like.dtype))
 
 
 class LoReFT(Edit, name="loreft"):
