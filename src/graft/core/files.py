@@ -278,7 +278,7 @@ def _contents(
     """The files of one adapter."""
     load_formats()
     if format not in FORMATS:
-        raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
+        raise GraftError(f"the format is {' or '.join(map(repr, sorted(FORMATS)))}, not {format!r}")
     if found := registry(adapter.model):
         found.check_unmerged()
     state = adapter.state_dict()

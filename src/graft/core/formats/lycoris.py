@@ -12,6 +12,7 @@ encoders. `alpha` is the numerator of the scaling alpha / rank; without it the s
 method, ranks and scalings are read off names and shapes.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -109,8 +110,15 @@ class LowRank(Lycoris):
         return found
 
 
-def tucker(core: Tensor, down: Tensor) -> Tensor:
+def check_size(site: Any, *sizes: int) -> None:
+    """Refuse a product far larger than the host's matrix: a file may claim any sizes."""
+    if math.prod(sizes) > 16 * site.weight.numel():
+        raise GraftError(f"{UNREAD}: a product of size {sizes} is far larger than the matrix of {site.path}")
+
+
+def tucker(site: Any, core: Tensor, down: Tensor) -> Tensor:
     """[rank, in * kernel] of the core [rank, rank, kernel ...] of a Tucker form after `down` [rank, in]."""
+    check_size(site, len(core), down.shape[1], *core.shape[2:])
     return torch.einsum("ij...,jr->ir...", core, down.flatten(1)).flatten(1)
 
 

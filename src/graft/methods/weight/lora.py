@@ -31,7 +31,7 @@ class LoCon(LowRank):
 
     def plain(self, site, found):
         mid = found.pop("lora_mid.weight", None)
-        return found if mid is None else found | {"lora_down.weight": tucker(mid, found["lora_down.weight"])}
+        return found if mid is None else found | {"lora_down.weight": tucker(site, mid, found["lora_down.weight"])}
 
 
 class _LoraHub(LoraHub):
