@@ -308,6 +308,22 @@ BROKEN = {
     "a value that is none": (lambda t: t | {"lycoris_line.alpha": torch.tensor(float("inf"))}, "infinity"),
     "an alpha that is none": (lambda t: t | {"lycoris_line.alpha": torch.ones(2)}, "cannot be read"),
     "a rank from nowhere": (lambda t: t | {"lycoris_line.lora_down.weight": torch.zeros(0, 12)}, "rank"),
+    "factors beyond reason": (
+        lambda t: {
+            "lycoris_line.lokr_w1": torch.ones(2, 2),
+            "lycoris_line.lokr_w2_a": torch.ones(100_000, 4),
+            "lycoris_line.lokr_w2_b": torch.ones(4, 100_000),
+        },
+        "far larger",
+    ),
+    "a core beyond reason": (
+        lambda t: {
+            "lycoris_conv.lora_up.weight": torch.ones(24, 1, 1, 1),
+            "lycoris_conv.lora_mid.weight": torch.ones(1, 1, 300, 300),
+            "lycoris_conv.lora_down.weight": torch.ones(1, 100_000, 1, 1),
+        },
+        "far larger",
+    ),
     "nothing": (lambda t: {}, "no tensor"),
 }
 

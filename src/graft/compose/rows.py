@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.delta import Adapted, Delta, Edit, Host, Link, own_function
+from ..core.delta import Adapted, Delta, Edit, Host, Link, first_input, own_function
 from ..core.errors import GraftError
 from ..core.site import LinearSite
 from ..core.stacked import neighbours
@@ -290,9 +290,10 @@ class _Modules(_Hosts):
     """Any other module: it runs once for all rows that need it, whatever its arguments are."""
 
     def __call__(self, *args, **kwargs):
-        k = neighbours(len(args[0] if args else kwargs["hidden_states"]), self.count, self.path)
-        looked = self.look(args, kwargs, k)
-        x, *rest = args if args else (kwargs.pop("hidden_states"),)
+        x = first_input(args, kwargs)
+        k = neighbours(len(x), self.count, self.path)
+        looked, rest = self.look(args, kwargs, k), args[1:]
+        kwargs = {name: value for name, value in kwargs.items() if value is not x}
         given = dict(enumerate(rest)) | kwargs
         more = {key: t.unflatten(0, (-1, k)) for key, t in given.items() if _is_batch(t, len(x))}
 

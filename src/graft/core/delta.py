@@ -214,10 +214,14 @@ class Edit(Delta):
     def forward(self, inner, *args, **kwargs):
         seen = self.look(args, kwargs)
         out = inner(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
         h = out[0] if isinstance(out, tuple) else out
-        h = self.edit(h, x, *seen, *self.prepared(inner, h.dtype))
+        h = self.edit(h, first_input(args, kwargs), *seen, *self.prepared(inner, h.dtype))
         return (h, *out[1:]) if isinstance(out, tuple) else h
+
+
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The input of a host, which some models pass by name."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
 
 
 class Host:

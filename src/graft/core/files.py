@@ -237,6 +237,7 @@ def _is_entry(entry: Any) -> bool:
 class _Graft(Format, name="graft"):
     """Our own folder."""
 
+    title = "graft"
     library = "graft"
     sign = '"format": "graft"'
 
@@ -277,7 +278,7 @@ def _contents(
     """The files of one adapter."""
     load_formats()
     if format not in FORMATS:
-        raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
+        raise GraftError(f"the format is {' or '.join(map(repr, sorted(FORMATS)))}, not {format!r}")
     if found := registry(adapter.model):
         found.check_unmerged()
     state = adapter.state_dict()

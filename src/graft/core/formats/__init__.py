@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GraftError
 from ..folder import CONFIG, TENSORS
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..delta import Delta
     from ..recipe import Recipe
     from ..site import Site
 
@@ -50,6 +52,8 @@ class Format:
     """
 
     name: str
+    title = ""  # how people call the library
+    table = ""  # the attribute of a method's class that tells how the library stores it, or in words why it does not
     single = False  # one .safetensors file instead of a folder
     files: tuple[str, ...] = (CONFIG, TENSORS)  # what a folder holds
     optional: tuple[str, ...] = ()  # what it may hold besides
@@ -62,6 +66,19 @@ class Format:
         if name:
             cls.name = name
             FORMATS[name] = cls
+
+    @classmethod
+    def stored(cls, method: type["Delta"]) -> Any:
+        """How the library stores a method; None, or the reason in words, where it does not."""
+        return getattr(method, cls.table, None)
+
+    @classmethod
+    def check(cls, method: type["Delta"]) -> Any:
+        """`stored`, refusing a method that the library does not store."""
+        found = cls.stored(method)
+        if found is None or isinstance(found, str):
+            raise GraftError(f"{cls.title} has no format for {method.name}{f' ({found})' if found else ''}: {OWN}")
+        return found
 
     def __init__(self, prints: Fingerprints | None = None):
         self.prints = prints

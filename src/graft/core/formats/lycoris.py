@@ -12,6 +12,7 @@ encoders. `alpha` is the numerator of the scaling alpha / rank; without it the s
 method, ranks and scalings are read off names and shapes.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -109,8 +110,15 @@ class LowRank(Lycoris):
         return found
 
 
-def tucker(core: Tensor, down: Tensor) -> Tensor:
+def check_size(site: Any, *sizes: int) -> None:
+    """Refuse a product far larger than the host's matrix: a file may claim any sizes."""
+    if math.prod(sizes) > 16 * site.weight.numel():
+        raise GraftError(f"{UNREAD}: a product of size {sizes} is far larger than the matrix of {site.path}")
+
+
+def tucker(site: Any, core: Tensor, down: Tensor) -> Tensor:
     """[rank, in * kernel] of the core [rank, rank, kernel ...] of a Tucker form after `down` [rank, in]."""
+    check_size(site, len(core), down.shape[1], *core.shape[2:])
     return torch.einsum("ij...,jr->ir...", core, down.flatten(1)).flatten(1)
 
 
@@ -131,6 +139,7 @@ def matrix(site: Site, value: Tensor) -> Tensor:
 class LycorisFormat(Format, name="lycoris"):
     """A file of LyCORIS for one model of any kind."""
 
+    title, table = "LyCORIS", "lycoris"
     single = True
 
     @classmethod
@@ -142,10 +151,7 @@ class LycorisFormat(Format, name="lycoris"):
         return LYCORIS, path
 
     def write(self, adapter, base):
-        cls = adapter.recipe.method
-        table = _table(cls)
-        if not isinstance(table, Lycoris):
-            raise GraftError(f"LyCORIS has no format for {cls.name}{f' ({table})' if table else ''}: {OWN}")
+        table = self.check(adapter.recipe.method)
         if adapter.heads:
             raise GraftError(f"LyCORIS stores no heads, such as {adapter.heads[0][0]}: {OWN}")
         names = _by_name(adapter.model)
@@ -226,7 +232,7 @@ def _read(model: nn.Module, tensors: dict[str, Tensor]) -> Saved:
         site = site_for(path, every[path], cls.hosts)
         if site.kind not in cls.hosts:
             raise GraftError(f"{UNREAD}: {cls.name} does not adapt {path}, a {type(site.module).__name__}")
-        values, own = _table(cls).read(site, {name: tensors[f"{module}.{name}"] for name in names})
+        values, own = LycorisFormat.stored(cls).read(site, {name: tensors[f"{module}.{name}"] for name in names})
         for key, value in values.items():
             hyper[key][path] = value
         state |= {f"{path}:{name}": value for name, value in own.items()}
@@ -290,16 +296,12 @@ def _resolved(model: nn.Module, modules: Any) -> dict[str, str]:
     return paths
 
 
-def _table(cls: type[Delta]) -> Any:
-    return getattr(cls, "lycoris", None)
-
-
 def _method(names: set[str]) -> type[Delta] | None:
     from ... import methods
 
     methods.load()
-    fitting = (cls for cls in METHODS.values() if isinstance(_table(cls), Lycoris) and _table(cls).fits(names))
-    return next(fitting, None)
+    tables = {cls: LycorisFormat.stored(cls) for cls in METHODS.values()}
+    return next((cls for cls, table in tables.items() if isinstance(table, Lycoris) and table.fits(names)), None)
 
 
 def _reason(module: str, names: list[str]) -> str:

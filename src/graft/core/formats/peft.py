@@ -290,6 +290,7 @@ def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
 class PeftFormat(Format, name="peft"):
     """Hugging Face PEFT's folder."""
 
+    title, table = "PEFT", "peft"
     library = "peft"
     sign = '"peft_type"'
     loading = "Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."
@@ -299,10 +300,7 @@ class PeftFormat(Format, name="peft"):
         return config is not None and "peft_type" in config
 
     def write(self, adapter, base):
-        cls = adapter.recipe.method
-        if not isinstance(cls.peft, Peft):
-            raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
-        config, tensors = cls.peft.write(adapter)
+        config, tensors = self.check(adapter.recipe.method).write(adapter)
         return {TENSORS: tensor_bytes(tensors), CONFIG: json_bytes(config | {"base_model_name_or_path": base})}
 
     def read(self, model, parts):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..delta import base_modules
+from ..delta import Delta, base_modules
 from ..errors import GraftError
 from ..folder import json_bytes, tensor_bytes
 from . import CONFIG, OWN, TENSORS, Format
@@ -25,11 +25,16 @@ class VllmFormat(Format, name="vllm"):
     What is written is PEFT's format and read as such.
     """
 
+    title = "vLLM"
     library = "peft"
     loading = (
         "vLLM serves it: `vllm serve BASE --enable-lora --lora-modules NAME={title} --max-lora-rank R`, with R not "
         "below `r` of adapter_config.json."
     )
+
+    @classmethod
+    def stored(cls, method):
+        return "its update is no product of two factors" if method.factors is Delta.factors else method.factors
 
     def write(self, adapter, base):
         model, modules = adapter.model, base_modules(adapter.model)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from ...core.delta import Paper
+from ...core.formats.adapter_hub import bottleneck
 from ...core.hyper import Range
 from .bottleneck import Serial
 
@@ -25,6 +26,10 @@ class Houlsby(Serial, name="houlsby"):
     targets = ["attention", "mlp"]
     starts_as_base = False
     small = dict(size=3)
+    adapter_hub = bottleneck(
+        "mh_adapter", "output_adapter",
+        mh_adapter=True, output_adapter=True, is_parallel=False, original_ln_before=False, scaling=1.0,
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.lycoris import Lycoris
 from ...core.formats.peft import OWN, As, Peft
 from ...core.recipe import ByPath
@@ -59,6 +60,20 @@ class _IA3Lycoris(Lycoris):
             raise GraftError(f"LyCORIS's (IA)3 scales the output of {site.path} without its bias, (IA)3 with it: {OWN}")
 
 
+class _IA3Hub(LoraHub):
+    """The library scales outputs, with their bias, and all of them by alpha besides."""
+
+    def write_config(self, deltas, homes):
+        if inputs := [path for path, d in deltas.items() if d.on == "input"]:
+            raise GraftError(f"`adapters` scales outputs only, this adapter the input of {inputs[0]}: {OWN}")
+        return {"alpha": 1, "dropout": 0.0}
+
+    def read_config(self, config, state):
+        if config.get("alpha") != 1:
+            raise GraftError(f"(IA)3 has no counterpart of alpha={config.get('alpha')}, by which `adapters` scales too")
+        return {"on": "output"}
+
+
 _ATTENTION = re.compile(r"(.*\.)?([qkvo]|qkv|query|key|value|out)(_proj)?")  # narrow with few key heads
 
 
@@ -84,6 +99,14 @@ class IA3(Delta, name="ia3"):
         neutral=frozenset({"feedforward_modules", "init_ia3_weights"}),
         own=frozenset({"on"}),
         hosts=("Linear", "Conv1D", "Conv2d", "Conv3d"),
+    )
+    adapter_hub = _IA3Hub(
+        "loras",
+        {"l": As("lora_B", lambda site, l: l[:, None], lambda site, l: l.flatten())},
+        fixed={"architecture": "lora", "composition_mode": "scale", "use_dora": False, "use_gating": False, "r": 1}
+        | {"vera_d": None, "vera_b": None},
+        neutral=frozenset({"alpha", "dropout"}),
+        own=frozenset({"on"}),
     )
     lycoris = _IA3Lycoris({"l": As("weight"), "on": As("on_input")})
     targets = (

@@ -7,9 +7,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.delta import Edit, Paper
+from ...core.delta import Edit, Paper, first_input
 from ...core.errors import GraftError
+from ...core.formats.adapter_hub import AdapterHub, blocks
 from ...core.hyper import Range
+
+_ROWS = "projection.parametrizations.weight.original"
+
+
+class _ReftHub(AdapterHub):
+    """The library has torch's orthogonal map, and always two edits where they are not tied."""
+
+    def homes(self, method, model):
+        return {path: (i, "output_reft", f"{path}.reft_layer") for i, path in enumerate(blocks(model))}
+
+    def layers(self, homes, count):
+        used = sorted(i for i, _, _ in homes.values())
+        return {"layers": "all" if len(used) == count else used, "output_reft": True}
+
+    def site_out(self, delta):
+        first, last = (any(span[i] for span in delta.spans) for i in (0, 1))
+        edits = [delta.edits[0], delta.edits[-1]]
+        if len(delta.spans) == 1 and first and last:
+            edits = edits[:1]
+        found = {}
+        for i, edit in enumerate(edits):
+            projection = _projection(edit.rows)
+            projection.weight = edit.basis().detach()
+            source = {f"learned_source.{name}": value for name, value in edit.source.state_dict().items()}
+            made = {f"projection.{name}": value for name, value in projection.state_dict().items()}
+            found |= {f"units.{i}.{name}": value for name, value in (source | made).items()}
+        return found
+
+    def write_config(self, deltas, homes):
+        spans = next(iter(deltas.values())).spans
+        return {"tied_weights": len(spans) == 1 and all(spans[0])}
+
+    def site_in(self, site, found, config):
+        first, last, tied = (config[name] for name in ("prefix_positions", "suffix_positions", "tied_weights"))
+        wanted = [0] if tied else [i for i, positions in enumerate((first, last)) if positions]
+        state = {}
+        for i, unit in enumerate(wanted):
+            own = {k.removeprefix(f"units.{unit}."): v for k, v in found.items() if k.startswith(f"units.{unit}.")}
+            projection = _projection(own[_ROWS])
+            names = {name: value for name, value in own.items() if name.startswith("projection.")}
+            projection.load_state_dict({name.removeprefix("projection."): value for name, value in names.items()})
+            state |= {
+                f"edits.{i}.rows": projection.weight.detach(),
+                f"edits.{i}.source.weight": own["learned_source.weight"],
+                f"edits.{i}.source.bias": own["learned_source.bias"],
+            }
+        return state
+
+    def read_config(self, config, state):
+        return {"tied": bool(config["tied_weights"])}
+
+
+def _projection(like: Tensor) -> Any:
+    """A map with orthonormal rows [rank, width], as `adapters` has it."""
+    rank, width = like.shape
+    return nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False, dtype=like.dtype))
 
 
 class LoReFT(Edit, name="loreft"):
@@ -34,6 +91,13 @@ class LoReFT(Edit, name="loreft"):
     targets = "blocks"
     starts_as_base = False
     small = dict(rank=2)
+    adapter_hub = _ReftHub(
+        "refts",
+        config={"r": "rank", "prefix_positions": "first", "suffix_positions": "last", "dropout": "dropout"},
+        fixed={"architecture": "reft", "orthogonality": True, "non_linearity": None},
+        neutral=frozenset({"tied_weights"}),
+        own=frozenset({"tied"}),
+    )
 
     def __init__(
         self,
@@ -64,7 +128,7 @@ class LoReFT(Edit, name="loreft"):
         cache = next((a for a in given.values() if hasattr(a, "get_seq_length")), None)
         if cache is not None and cache.get_seq_length(self.layer):
             return (None,)
-        x = args[0] if args else kwargs["hidden_states"]
+        x = first_input(args, kwargs)
         mask = next((m for m in (given.get("attention_mask"), given.get("mask")) if isinstance(m, Tensor)), None)
         real = x.new_ones(x.shape[:-1], dtype=torch.bool) if mask is None else _real(mask, x)
         return (real.expand(x.shape[:-1]),)

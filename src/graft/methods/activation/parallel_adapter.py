@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from ...core.delta import Paper
+from ...core.formats.adapter_hub import bottleneck
 from ...core.hyper import Range
 from .bottleneck import Parallel
 
@@ -23,6 +24,12 @@ class ParallelAdapter(Parallel, name="parallel_adapter"):
         ),
     )
     small = dict(size=3)
+    adapter_hub = bottleneck(
+        "output_adapter",
+        models=("bert", "roberta", "distilbert"),  # where the MLP reads the residual itself
+        config={"scaling": "scaling"},
+        mh_adapter=False, output_adapter=True, is_parallel=True, original_ln_before=False,
+    )  # fmt: skip
 
     def __init__(
         self,

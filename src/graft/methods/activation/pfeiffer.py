@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from ...core.delta import Paper
+from ...core.formats.adapter_hub import bottleneck
 from ...core.hyper import Range
 from ...core.site import kind_of
 from .bottleneck import Serial
@@ -37,6 +38,9 @@ class Pfeiffer(Serial, name="pfeiffer"):
     targets = "blocks"
     starts_as_base = False
     small = dict(size=3)
+    adapter_hub = bottleneck(
+        "output_adapter", mh_adapter=False, output_adapter=True, is_parallel=False, original_ln_before=True, scaling=1.0
+    )
 
     def __init__(
         self,

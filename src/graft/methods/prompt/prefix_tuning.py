@@ -111,6 +111,7 @@ class PrefixTuning(Attention, name="prefix_tuning"):
     )
     starts_as_base = False
     small = dict(length=3)
+    adapter_hub = "it saves prefixes as pickles only, which are never read"
     peft = _PrefixPeft(
         "PREFIX_TUNING",
         config={"num_virtual_tokens": "length"},

@@ -40,6 +40,7 @@ class PromptTuning(Prompt, name="prompt_tuning"):
         ),
     )
     small = dict(length=3)
+    adapter_hub = "it puts the prompt behind the positions and the norm of the embeddings"
     peft = _PromptTuningPeft(
         "PROMPT_TUNING",
         config={"num_virtual_tokens": "length"},

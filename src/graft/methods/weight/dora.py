@@ -9,6 +9,8 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats import OWN
+from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.peft import As
 from ...core.hyper import Range
 from .lora import LoRA
@@ -24,6 +26,26 @@ def _of_rows(site, value):
     if value.shape[0] != site.d_out:
         raise GraftError(f"dora_scale of {site.path} is for columns (wd_on_output=False), DoRA normalises rows")
     return value.flatten()
+
+
+class _DoraHub(LoraHub):
+    """The library takes the norms without the scaling, and scales the bias too."""
+
+    def check(self, site):
+        if site.bias is not None:
+            raise GraftError(f"`adapters` scales the bias of {site.path} with DoRA's magnitudes, DoRA does not: {OWN}")
+
+    def site_out(self, delta):
+        low = delta.low
+        return {"lora_A": low.A, "lora_B": low.scaling * low.B, "m.weight": delta.m[:, None]}
+
+    def write_config(self, deltas, homes):
+        return {"alpha": len(next(iter(deltas.values())).low.A)}
+
+    def read_config(self, config, state):
+        if config["alpha"] != config["r"]:
+            raise GraftError(f"`adapters` leaves alpha={config['alpha']} out of DoRA's norms: only alpha = r is DoRA")
+        return {"alpha": float(config["alpha"])}
 
 
 _M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
@@ -51,6 +73,14 @@ class DoRA(Delta, name="dora"):
         tensors={f"low.{name}": form for name, form in LoRA.peft.tensors.items()} | {"m": _M},
         embedding={f"low.{name}": form for name, form in LoRA.peft.embedding.items()} | {"m": _M},
         fixed={"bias": "none", "use_dora": True},
+    )
+    adapter_hub = _DoraHub(
+        "loras",
+        {"low.A": As("lora_A"), "low.B": As("lora_B"), "m": As("m.weight", read=lambda site, m: m.flatten())},
+        config={"r": "rank", "dropout": "dropout"},
+        fixed=LoRA.adapter_hub.fixed | {"use_dora": True},
+        neutral=frozenset({"alpha"}),
+        own=frozenset({"alpha", "rslora"}),
     )
     lycoris = replace(
         LoRA.lycoris,

@@ -19,7 +19,7 @@ class _Hadamard(LowRank):
             core = found.pop(f"hada_t{i}", None)
             if core is not None:
                 found[f"hada_w{i}_a"] = found[f"hada_w{i}_a"].T
-                found[f"hada_w{i}_b"] = tucker(core, found[f"hada_w{i}_b"])
+                found[f"hada_w{i}_b"] = tucker(site, core, found[f"hada_w{i}_b"])
         return found
 
 

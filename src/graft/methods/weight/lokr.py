@@ -8,7 +8,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
-from ...core.formats.lycoris import ALPHA, Lycoris, kernel, matrix, tucker
+from ...core.formats.lycoris import ALPHA, Lycoris, check_size, kernel, matrix, tucker
 from ...core.formats.peft import OWN, As, Peft, zero_padded
 from ...core.hyper import Range
 
@@ -55,7 +55,7 @@ class _Kronecker(Lycoris):
         found = dict(found)
         alpha, core = found.pop(ALPHA, None), found.pop("lokr_t2", None)
         if core is not None:
-            found |= {"lokr_w2_a": found["lokr_w2_a"].T, "lokr_w2_b": tucker(core, found["lokr_w2_b"])}
+            found |= {"lokr_w2_a": found["lokr_w2_a"].T, "lokr_w2_b": tucker(site, core, found["lokr_w2_b"])}
         own = super().read(site, found)[1]
         ranks = {i: len(own[f"A{i}"]) for i in "12" if f"A{i}" in own}
         rank = ranks.get("2") or ranks.get("1")
@@ -72,6 +72,7 @@ class _Kronecker(Lycoris):
         low = {"1": ranks.get("1") == rank and rank < max(a, c) / 2, "2": rank < max(b, d) / 2}
         for i in "12":
             if f"B{i}" in own and not low[i]:
+                check_size(site, len(own[f"B{i}"]), own[f"A{i}"].shape[1])
                 own[f"W{i}"] = own.pop(f"B{i}") @ own.pop(f"A{i}")
         return {"rank": rank, "alpha": scaling * rank, "factor": factor, "decompose_both": low["1"]}, own
 

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.formats import OWN
+from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.lycoris import LowRank, kernel, matrix, point, tucker
 from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 from ...core.hyper import Range
@@ -28,7 +31,18 @@ class LoCon(LowRank):
 
     def plain(self, site, found):
         mid = found.pop("lora_mid.weight", None)
-        return found if mid is None else found | {"lora_down.weight": tucker(mid, found["lora_down.weight"])}
+        return found if mid is None else found | {"lora_down.weight": tucker(site, mid, found["lora_down.weight"])}
+
+
+class _LoraHub(LoraHub):
+    def write_config(self, deltas, homes):
+        alphas = {d.scaling * len(d.A) for d in deltas.values()}
+        if len(alphas) > 1:
+            raise GraftError(f"`adapters` has one alpha for all modules, this adapter several: {OWN}")
+        return {"alpha": alphas.pop()}
+
+    def read_config(self, config, state):
+        return {"alpha": float(config["alpha"])}
 
 
 class LoRA(Delta, name="lora"):
@@ -64,6 +78,15 @@ class LoRA(Delta, name="lora"):
             {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
         ),
         refuses=_changes_base,
+    )
+    adapter_hub = _LoraHub(
+        "loras",
+        {"A": As("lora_A"), "B": As("lora_B")},
+        config={"r": "rank", "dropout": "dropout"},
+        fixed={"architecture": "lora", "composition_mode": "add", "use_dora": False, "use_gating": False}
+        | {"vera_d": None, "vera_b": None},
+        neutral=frozenset({"alpha"}),
+        own=frozenset({"alpha", "rslora"}),
     )
     lycoris = LoCon(
         {"A": As("lora_down.weight", kernel, matrix), "B": As("lora_up.weight", point, matrix)},

@@ -64,6 +64,7 @@ class VeRA(Delta, name="vera"):
         own=frozenset({"save_projection"}),
         hosts=("Linear", "Conv1D"),
     )
+    adapter_hub = "its VeRA trains whole matrices in place of the vectors d and b"
 
     @classmethod
     def share(cls, sites, *, rank, save_projection, **_):
