@@ -291,5 +291,3 @@ def test_compiled_models_follow_routes_and_are_not_compiled_again():
             counts.append(counter.frame_count)
         assert len({*counts}) == 1, f"compiled again: {counts}"
         torch.testing.assert_close(compiled(input_ids=x, use_cache=False).logits, plain)
-    with pytest.raises(graft.GraftError, match=r"use graft\.route"):
-        compiled(input_ids=x, use_cache=False, adapters=["lora", "dora", None])
