@@ -66,6 +66,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
+    neutral: dict[str, float] = {}  # tensors in which W' and b' are linear together, at the values of W' = W, b' = b
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
 
     def __init_subclass__(cls, name: str = "", **kwargs):

@@ -111,9 +111,7 @@ def load(
         saved = _from_graft(config, tensors)
         if not allow_other_base:
             _check_base(model, config)
-    adapter = _build(model, saved, name or saved.name)
-    adapter.load_state_dict(saved.tensors)
-    adapter.task = saved.task
+    adapter = build(model, saved, name or saved.name)
     if not trainable:
         adapter.requires_grad_(False)
     adapter.attach()
@@ -156,7 +154,7 @@ def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         "modules": [path for path in adapter.deltas if path not in heads],
         "heads": heads,
         "seed": adapter.seed,
-        "dtype": str(_dtype(adapter)).removeprefix("torch."),
+        "dtype": str(dtype_of(adapter)).removeprefix("torch."),
         "base_model": base,
         "base_class": class_name(adapter.model),
         "base_fingerprint": fingerprint(adapter.model, without),
@@ -165,7 +163,8 @@ def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
     }
 
 
-def _dtype(adapter: Adapter) -> torch.dtype:
+def dtype_of(adapter: Adapter) -> torch.dtype:
+    """Of the tensors of the method itself, without those of heads."""
     own = [m for path, m in adapter.modules().items() if path not in dict(adapter.heads)]
     return next((t.dtype for m in own for t in m.state_dict().values() if t.is_floating_point()), torch.float32)
 
@@ -300,8 +299,8 @@ def _check_base(model: nn.Module, config: dict[str, Any]) -> None:
 # Building
 
 
-def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
-    """The adapter, not yet on the model, with the values of its construction."""
+def build(model: nn.Module, saved: Saved, name: str) -> Adapter:
+    """The adapter `saved`, not yet on the model."""
     here = base_modules(model)
     if missing := [path for path in (*saved.modules, *saved.heads) if path not in here]:
         raise GraftError(f"the model has no module {missing[0]!r}, which the adapter adapts: is it another base?")
@@ -321,7 +320,8 @@ def _build(model: nn.Module, saved: Saved, name: str) -> Adapter:
     except Exception as error:  # values which a constructor never met: sizes that overflow, that fit no memory
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraftError(f"the saved {saved.recipe.method.name} adapter cannot be built here: {reason}") from error
-    adapter.targets = saved.targets
+    adapter.load_state_dict(saved.tensors)
+    adapter.targets, adapter.task = saved.targets, saved.task
     return adapter
 
 

@@ -23,6 +23,7 @@ class BitFit(Delta, name="bitfit"):
     )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
+    neutral = {"c": 0.0}
 
     def __init__(self, site):
         super().__init__(site)

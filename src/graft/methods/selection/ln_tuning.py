@@ -31,6 +31,7 @@ class LNTuning(Delta, name="ln_tuning"):
     )
     hosts = ("norm",)
     targets = "norms"
+    neutral = {"c": 0.0, "d": 0.0}
     peft = Peft("LN_TUNING", {"c": _whole("weight"), "d": _whole("bias")}, hosts=())
 
     def __init__(self, site):

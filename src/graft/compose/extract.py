@@ -1,0 +1,105 @@
+"""An adapter from two checkpoints: the difference between a fine-tuned model and its base."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import HEADS, registry, unwrapped
+from ..core.delta import base_modules
+from ..core.errors import GraftError
+from ..core.merge import merged_state_dict
+from ..core.recipe import Recipe
+from ..core.site import kind_of, site_for
+from ..core.targets import resolve
+from ..methods.weight.full import Full
+from .change import MATRICES, own_state, wide
+from .combine import Combination, Plan, Source, attached, inside
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module,
+    tuned: nn.Module | Mapping[str, Tensor],
+    rank: int | None = None,
+    *,
+    targets: Any = None,
+    heads: Any = (),
+    into: str | None = None,
+    name: str = "extracted",
+) -> Combination:
+    """Make an adapter for `model` of what changed between it and `tuned`.
+
+    tuned    a model like `model`, with the adapters that run on it, or its state dict
+    rank     of a LoRA, at most: the nearest one to the difference of each matrix, by singular values
+    targets  modules to adapt, as for `graft.attach`; by default all with a matrix that differs, and the norms
+    heads    modules to keep whole
+    into     "lora", "shira" (the entries that differ) or "full"; LoRA by default if a rank is given, else full
+    name     of the adapter on the model, where it is frozen and runs
+
+    What differs in other places (parameters beside matrices and norms, modules that `targets` leaves out) is lost, and
+    counts in the error under the name of the tensor.
+    """
+    model = unwrapped(model)
+    if found := registry(model):
+        found.check_unmerged()
+    if isinstance(tuned, nn.Module):
+        tuned = merged_state_dict(tuned) if registry(tuned) else tuned.state_dict()
+    modules, changed = base_modules(model), _changed(model, tuned)
+    whole = [path for path, _ in resolve(model, heads, HEADS)] if heads else []
+    kinds = (*MATRICES, "norm")
+    picked = modules.items() if targets is None else resolve(model, targets, kinds)
+    paths = [path for path, module in picked if path in changed and kind_of(module) in kinds]
+    paths = [path for path in paths if not inside(path, whole)]
+    source = Source(_Tuned(modules, tuned, [*paths, *whole]), Recipe.of(Full), {*whole}, 1.0)
+    adapter, sizes = Plan(model, [source]).keep(name, rank, into)
+    for path, tensors in changed.items():
+        if path not in paths and not inside(path, whole):
+            sizes |= {key: (size, size) for key, size in tensors.items()}
+    return attached(adapter, sizes)
+
+
+def _changed(model: nn.Module, tuned: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """{path of a module: {name of a tensor that differs: Frobenius norm of the difference}}."""
+    paths, found = base_modules(model), {}
+    for key, value in own_state(model).items():
+        if key not in tuned:
+            raise GraftError(f"the tuned model lacks {key}: is it of the same kind, for the same task?")
+        if tuned[key].shape != value.shape:
+            raise GraftError(
+                f"{key} has shape {[*value.shape]} here and {[*tuned[key].shape]} in the tuned model: is it of the "
+                f"same kind, for the same task?"
+            )
+        path = key.rpartition(".")[0]
+        if path in paths and value.is_floating_point():
+            size = torch.linalg.vector_norm(wide(tuned[key]).to(value.device) - wide(value)).item()
+            if size:
+                found.setdefault(path, {})[key] = size
+    if not found:
+        raise GraftError("the two models do not differ: there is nothing to extract")
+    return found
+
+
+class _Tuned(Mapping):
+    """The modules of the tuned model as deltas of the base's, each made when it is asked for."""
+
+    def __init__(self, modules: dict[str, nn.Module], state: Mapping[str, Tensor], paths: list[str]):
+        self.modules, self.state, self.paths = modules, state, paths
+
+    def __getitem__(self, path: str) -> Full:
+        if path not in self.paths:
+            raise KeyError(path)
+        delta = Full(site_for(path, self.modules[path], HEADS))
+        prefix = f"{path}." if path else ""
+        for key, own in (
+            delta.copy.to(torch.promote_types(delta.site.where().dtype, torch.float32)).state_dict().items()
+        ):
+            own.copy_(self.state[prefix + key])
+        return delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
