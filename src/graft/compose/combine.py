@@ -131,11 +131,13 @@ def combine(
 
 
 def convert(
-    model: nn.Module, adapter: str, rank: int | None = None, *, into: str = "lora", name: str = "converted"
+    model: nn.Module, adapter: str, *, rank: int | None = None, into: str = "lora", name: str = "converted"
 ) -> Combination:
     """Make another method's adapter of the one called `adapter`: combine(model, {adapter: 1.0}, into=into, rank=rank).
 
     rank  of a LoRA, at most; without it the one that loses nothing but rounding, which may be the full rank
+    into  the other method: "lora", "shira" (the entries that change) or "full"
+    name  of the new adapter, which runs in the place of the other one
     """
     return combine(model, {adapter: 1.0}, name=name, rank=rank, into=into)
 

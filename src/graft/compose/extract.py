@@ -1,7 +1,6 @@
 """An adapter from two checkpoints: the difference between a fine-tuned model and its base."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,10 @@ from .combine import Combination, Plan, Source, attached, inside
 def extract(
     model: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],
-    rank: int | None = None,
     *,
-    targets: Any = None,
-    heads: Any = (),
+    rank: int | None = None,
+    targets: str | Sequence[str] | None = None,
+    heads: str | Sequence[str] = (),
     into: str | None = None,
     name: str = "extracted",
 ) -> Combination:
