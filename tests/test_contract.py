@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft import methods
-from graft.compose.bank import Bank, Route
-from graft.core.delta import METHODS, Delta, mount
+from graft.core.delta import METHODS, Delta
 from graft.core.hyper import hyperparameters
 from graft.core.site import Site, site_for
 
@@ -379,30 +378,21 @@ def test_gradient_checkpointing(name, host):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-PER_ROW = [(n, h) for n, h in CASES if h not in ("attention", "model", "embedding") and METHODS[n].per_row]
-
-
-@pytest.mark.parametrize("name, host", PER_ROW)
+@each_case
 def test_rows_of_one_batch_use_different_deltas(name, host):
     _, model, target, x = hosts()[host]
     model = copy.deepcopy(model).eval()
-    singles = []
-    first = None
+    cls, stats = METHODS[name], None
+    if needs := cls.asks(cls(**cls.small).hyper):
+        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
     for seed in range(3):
-        adapted, adapter = adapt(name, model, target, x, jitter=0)
-        if first is not None and adapter.shared is not None:  # a bank needs one shared module
-            adapter.shared.load_state_dict(first.shared.state_dict())
-        first = first or adapter
-        move(adapter, seed=seed)
-        singles.append((adapted, next(iter(adapter.deltas.values()))))
-    order = [2, 0, 1]
-    expect = torch.stack([run(singles[i][0], x[row : row + 1])[0] for row, i in enumerate(order)])
-    route = Route()
-    bank = Bank(site_for("host", model.host, METHODS[name].hosts), route, deltas=[d for _, d in singles])
-    mount("bank", bank)
-    model.host.relink(["bank"])
-    route.ids = torch.tensor(order)
-    torch.testing.assert_close(run(model, x), expect)
+        move(graft.attach(model, name, target, name=f"a{seed}", seed=seed, stats=stats, **cls.small), seed=seed)
+    rows = ["a2", None, "a0"]
+    with graft.route(model, rows):
+        together = run(model, x)
+    for i, row in enumerate(rows):
+        graft.activate(model, *([row] if row else []))
+        torch.testing.assert_close(together[i], run(model, x[i : i + 1])[0])
 
 
 @each_first

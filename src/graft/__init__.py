@@ -27,6 +27,7 @@ _PUBLIC = {
     "adapters": "core.adapter",
     "activate": "core.adapter",
     "disabled": "core.adapter",
+    "route": "compose.route",
     "collect": "core.statistics",
     "load": "core.files",
     "fingerprint": "core.files",

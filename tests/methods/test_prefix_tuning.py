@@ -228,7 +228,6 @@ def test_two_prefixes_stack_and_leave_in_any_order():
     assert not torch.allclose(alone, both)
     with two.disabled():
         assert torch.equal(model(ids).logits, base)
-        assert all(m.config is config for m in model.modules() if hasattr(m, "config"))
     assert torch.equal(model(ids).logits, alone)
     two.detach()
     assert all(m.config is config for m in model.modules() if hasattr(m, "config"))

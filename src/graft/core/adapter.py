@@ -1,13 +1,15 @@
 """An adapter: the deltas of one method on one model, under one name."""
 
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import delta as core
 from .delta import Adapted, Delta, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
@@ -41,6 +43,45 @@ class _Still:
         return self.module
 
 
+class _RowsArgument:
+    """The argument `adapters` of a model's forward and of its `generate`: the rows of graft.route for that call."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.handles = [
+            model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+        self.own = model.__dict__.get("generate")
+        if hasattr(type(model), "generate"):
+            model.__dict__["generate"] = self
+
+    def before(self, model, args, kwargs):
+        if core.routed is not None or "adapters" in kwargs:
+            return _routes().begin_call(model, args, kwargs)
+
+    def after(self, model, args, out):
+        if core.routed is not None:
+            _routes().end_call(model)
+
+    def __call__(self, *args, adapters=None, **kwargs):
+        own = self.own or functools.partial(type(self.model).generate, self.model)
+        with nullcontext() if adapters is None else _routes().route(self.model, adapters):
+            return own(*args, **kwargs)
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        if self.model.__dict__.pop("generate", None) is not None and self.own is not None:
+            self.model.__dict__["generate"] = self.own
+
+
+def _routes() -> Any:
+    from ..compose import route  # only where rows are asked for: the core itself knows no routes
+
+    return route
+
+
 class Registry:
     """The adapters of one model in the order of their chain, and what the base was before the first one came."""
 
@@ -53,18 +94,30 @@ class Registry:
         for p in self.trainable:
             p.requires_grad_(False)
         self.still = [m for m in model.modules() if m._buffers.get("running_mean") is not None]
+        self.rows = _RowsArgument(model)
         for m in self.still:
             m.__dict__["train"] = _Still(m, m.training == model.training)
             m.training = False
 
     def close(self) -> None:
         """Give the flags of the base back, after the last adapter has left."""
+        self.rows.close()
         for p in self.trainable:
             p.requires_grad_(True)
         for m in self.still:
             before = m.__dict__.pop("train")
             m.training = self.model.training if before.follows else m.training
         del self.model.__dict__[_HOME]
+
+    def hosts(self) -> set[nn.Module]:
+        """The modules that carry deltas."""
+        return {d.site.module for a in self.adapters.values() for d in a.deltas.values()}
+
+    def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
+        """An adapter by name, and what to call when it is no longer used."""
+        if name not in self.adapters:
+            raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name], lambda: None
 
     def check_unmerged(self) -> None:
         if self.merged is not None:

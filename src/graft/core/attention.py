@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import delta as core
 from .delta import Delta, Host, Link
 from .errors import GraftError
 from .site import Site
+from .stacked import each_of
 
 NAME = "graft"
 SEPARATE = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"), ("k_lin", "v_lin"))
@@ -92,7 +94,7 @@ class AttentionSite(Site):
     def relinked(self, deltas):
         product = [d for d in deltas if d.place == "product"]
         state = self.module.__dict__
-        if not product:
+        if not any(d.place == "product" for d in self.module.deltas.values()):
             if state.pop("product", None) is not None:
                 state["config"] = self.base_config
             return
@@ -106,6 +108,8 @@ class AttentionSite(Site):
 
 
 def _product(module, *args, **kwargs):
+    if core.routed is not None and (chain := core.routed(module, "product")) is not None:
+        return chain(*args, **kwargs)
     return module.product(*args, **kwargs)
 
 
@@ -119,7 +123,7 @@ class Attention(Delta):
     hosts = ("attention",)
     targets = "attention"
     place = "product"
-    per_row = False
+    stacks_itself = True
 
     @classmethod
     def refuses(cls, site):
@@ -127,24 +131,46 @@ class Attention(Delta):
         if getattr(site.module, "is_cross_attention", False) or re.search("cross|encoder_attn|encdec", where, re.I):
             return f"it is a cross attention, and {cls.name} works on self-attention"
 
-    def prepend(self, inner, K: Tensor, V: Tensor, q, k, v, mask, **kwargs):
-        """The product over [K; k] and [V; v]: K, V [kv heads, n, size] are seen from every position, at distance 0."""
-        name, n, batch = self.site.implementation, K.shape[1], len(k)
+    def forward(self, inner, q, k, v, mask=None, **kwargs):
+        return self.act_stacked(inner, self.stack([self.prepare(inner)]), q, k, v, mask, **kwargs)
+
+    @classmethod
+    def stack(cls, prepared: list) -> Any:
+        """What the deltas of b rows prepared, as one; None for a row without a delta."""
+        raise NotImplementedError
+
+    def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
+        """The product, where row i of the b rows `stacked` is for batch / b neighbours."""
+        raise NotImplementedError
+
+    def prepend(self, inner, K: Tensor, V: Tensor, keep: Tensor | None, q, k, v, mask, **kwargs):
+        """The product over [K; k] and [V; v]: K, V [b, kv heads, n, size] are seen from every position, at distance 0.
+
+        keep [b, n] tells which of the n count in a row; all of them if left out.
+        """
+        name, n, batch = self.site.implementation, K.shape[2], len(k)
         if name not in ("eager", "sdpa"):
             raise GraftError(
                 f"{self.name} works with eager and sdpa attention, {self.site.path} uses {name}: "
                 f"call model.set_attn_implementation('sdpa')"
             )
+        K, V = each_of(K, batch, self.site.path), each_of(V, batch, self.site.path)
         causal = kwargs.get("is_causal")
         causal = getattr(self.site.module, "is_causal", True) if causal is None else causal
+        if mask is None and name == "sdpa" and ((causal and q.shape[2] > 1) or keep is not None):
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)  # sdpa would count positions from the first key
+            mask = (mask.tril() if causal and q.shape[2] > 1 else mask)[None, None]
+            kwargs["is_causal"] = False
+        elif mask is None and keep is not None:
+            mask = q.new_zeros(1, 1, q.shape[2], k.shape[2])
         if mask is not None:
             mask = F.pad(mask, (n, 0), value=mask.dtype == torch.bool)  # True lets through; a number is added
-        elif name == "sdpa" and causal and q.shape[2] > 1:  # sdpa would count positions from the first key
-            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-            mask = F.pad(mask, (n, 0), value=True)[None, None]
-            kwargs["is_causal"] = False
+        if mask is not None and keep is not None:
+            hidden = F.pad(~each_of(keep, batch, self.site.path), (0, k.shape[2]))[:, None, None]
+            out = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.expand(batch, -1, -1, -1).masked_fill(hidden, out)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
-        k = torch.cat([K.to(k.dtype).expand(batch, -1, -1, -1), k], 2)
-        v = torch.cat([V.to(v.dtype).expand(batch, -1, -1, -1), v], 2)
+        k = torch.cat([K.to(k.dtype), k], 2)
+        v = torch.cat([V.to(v.dtype), v], 2)
         return inner(q, k, v, mask, **kwargs)

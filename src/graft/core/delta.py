@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import GraftError
 
 METHODS: dict[str, type["Delta"]] = {}
+routed: Callable[[Any, str], Callable | None] | None = None  # what runs at a host under a route, see compose/route.py
 
 
 class Paper(NamedTuple):
@@ -63,7 +64,8 @@ class Delta(nn.Module, metaclass=_MethodType):
     brings_rows = False  # it replaces rows which a base loaded anew draws at random: no part of the base's fingerprint
     starts_as_base = True  # whether the adapted model computes what the base computes before training
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
-    per_row = True  # whether a row of a batch depends on no other row, so that a bank can serve rows apart
+    passes_x = False  # whether its forward calls inner once, on x itself
+    stacks_itself = False  # whether it has `stack` and `act_stacked` to serve rows by deltas of their own
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     neutral: dict[str, float] = {}  # tensors in which W' and b' are linear together, at the values of W' = W, b' = b
@@ -171,16 +173,23 @@ class Edit(Delta):
     """A delta of activations: h' = edit(h, x), with h the host's (first) output and x its first input."""
 
     hosts = ("linear", "module")
+    passes_x = True
 
-    def edit(self, h: Tensor, x: Tensor) -> Tensor:
+    def edit(self, h: Tensor, x: Tensor, *seen: Tensor | None) -> Tensor:
+        """h' for the output h; `seen` is what `look` gave. It depends on a row's own h, x and `seen` only."""
         raise NotImplementedError
 
+    def look(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """What `edit` must know of the host's arguments beside x, before the host has run: tensors [batch, ...]."""
+        return ()
+
     def forward(self, inner, *args, **kwargs):
+        seen = self.look(args, kwargs)
         out = inner(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         if isinstance(out, tuple):
-            return (self.edit(out[0], x), *out[1:])
-        return self.edit(out, x)
+            return (self.edit(out[0], x, *seen), *out[1:])
+        return self.edit(out, x, *seen)
 
 
 class Host:
@@ -242,9 +251,9 @@ class Adapted(nn.Module):
     def relink(self, names: Iterable[str]) -> None:
         """Run the deltas of the adapters `names`, the first one innermost."""
         self.linked = tuple(name for name in names if name in self.deltas)
-        own = self.host_forward or types.MethodType(self.host_class.forward, self)
         deltas = [self.deltas[name] for name in self.linked]
-        self.chain = functools.reduce(Link, [d for d in deltas if d.place == "forward"], Host(self.site, own))
+        inner = Host(self.site, own_function(self))
+        self.chain = functools.reduce(Link, [d for d in deltas if d.place == "forward"], inner)
         self.site.relinked(deltas)
 
     def __getstate__(self):
@@ -258,6 +267,11 @@ class Adapted(nn.Module):
         return _blank, (self.host_class,), self.__getstate__()
 
 
+def own_function(host: Adapted) -> Callable:
+    """What a host computes without deltas."""
+    return host.host_forward or types.MethodType(host.host_class.forward, host)
+
+
 def _blank(host_class: type):
     return object.__new__(adapted_class(host_class))
 
@@ -268,6 +282,8 @@ def adapted_class(cls: type) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
+        if routed is not None and (chain := routed(self, "forward")) is not None:
+            return chain(*args, **kwargs)
         return self.chain(*args, **kwargs)
 
     body = {"host_class": cls, "forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -364,13 +380,13 @@ def base_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def tensor_state(sources: list[dict[str, Any]]) -> list | None:
-    """What changes when a tensor of `sources` is changed or replaced; None where one may be trained."""
+def tensor_state(sources: list[dict[str, Any]], trained: bool = False) -> list | None:
+    """What changes when a tensor of `sources` changes or is replaced; None where one may be trained, save `trained`."""
     state = []
     for tensors in sources:
         for t in tensors.values():
             if t is not None:
-                if t.requires_grad:
+                if t.requires_grad and not trained:
                     return None
                 state += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
     return state

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .delta import Delta, Host
 from .errors import GraftError
 from .site import kind_of
+from .stacked import each_of, left_padded
 
 RECURRENT = ("cache_params", "mems", "state")  # arguments of models that keep their past in something else than keys
 
@@ -32,7 +33,7 @@ class Prompt(Delta):
     hosts = ("model",)
     targets = ""
     starts_as_base = False
-    per_row = False
+    stacks_itself = True
     length: int
 
     @classmethod
@@ -67,6 +68,7 @@ class Prompt(Delta):
         self.names = _arguments(site.module)
         self.reads = site.index == 0  # the second of two places is the decoder of an encoder-decoder model
         self.keeps = site.count == 2  # whose encoder hands the states of the prompt on to it
+        self.first = _first_position(site.module)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The model's own embedding of token ids, scaled as the model does it."""
@@ -75,31 +77,45 @@ class Prompt(Delta):
     def prompt(self) -> Tensor:
         raise NotImplementedError
 
+    def prepare(self, inner):
+        return (self.prompt() if self.reads else torch.empty(self.length, 0),)
+
+    @classmethod
+    def stack(cls, prepared: list) -> tuple[Tensor, Tensor | None]:
+        """The prompts of b rows as P [b, n, width] and keep [b, n], see `left_padded`."""
+        return left_padded([p and p[0] for p in prepared])
+
     def forward(self, inner, *args, **kwargs):
+        return self.act_stacked(inner, self.stack([self.prepare(inner)]), *args, **kwargs)
+
+    def act_stacked(self, inner, stacked, *args, **kwargs):
+        """The backbone, where prompt i of the b `stacked` ones is for batch / b neighbours."""
         kwargs.update(zip(self.names, args))
+        prompts, keep = stacked
         if not self.reads:
-            return inner(**self._cross(kwargs))
+            return inner(**self._cross(kwargs, prompts.shape[1], keep))
         tokens, x = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
-        count = (tokens if x is None else x).shape[1]
+        batch, count = (tokens if x is None else x).shape[:2]
+        prompts = each_of(prompts, batch, self.site.path)
+        n, keep = prompts.shape[1], None if keep is None else each_of(keep, batch, self.site.path)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        self._extend(kwargs, count, past, isinstance(inner, Host))
+        self._extend(kwargs, batch, count, past, n, keep, isinstance(inner, Host))
         if past:
             return inner(input_ids=tokens, inputs_embeds=x, **kwargs)
         if cache is not None and cache.is_compileable:
             raise GraftError(f"{self.name} needs a cache that grows: {type(cache).__name__} has no room for the prompt")
         x = self.embed(tokens) if x is None else x
-        prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)
         wanted = kwargs.pop("return_dict", None)
         as_tuple = (self.site.module.config.return_dict if wanted is None else wanted) is False
-        out = inner(inputs_embeds=torch.cat([prompt, x], 1), return_dict=True, **kwargs)
+        out = inner(inputs_embeds=torch.cat([prompts.to(x.dtype), x], 1), return_dict=True, **kwargs)
         if not self.keeps:
-            out = self._tokens_only(out)
+            out = self._tokens_only(out, n)
         return out.to_tuple() if as_tuple else out
 
-    def _extend(self, kwargs: dict, count: int, past, innermost: bool) -> None:
-        """Make mask, positions and token types those of the prompt and the tokens."""
-        mask, positions, n = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.length
+    def _extend(self, kwargs: dict, batch: int, count: int, past, n: int, keep: Tensor | None, innermost: bool) -> None:
+        """Make mask, positions and token types those of n places for the prompt, of which `keep` count, and tokens."""
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise GraftError(f"{self.name} needs an attention mask of shape [batch, tokens], and the default cache")
         if past and innermost:
@@ -112,24 +128,43 @@ class Prompt(Delta):
                     f"Start with an empty cache, or give the new tokens alone with the mask of all tokens; assisted "
                     f"decoding needs transformers 5"
                 )
+        first = max(past - n, 0)  # the position of the first token, as the caller counts
+        if keep is not None:
+            if mask is None:
+                mask = keep.new_ones(batch, first + count, dtype=torch.long)
+            if positions is None and "position_ids" in self.names:
+                at = torch.arange(first, first + count, device=keep.device) + self.first
+                kwargs["position_ids"] = at.expand(batch, -1)
         if mask is not None:
-            kwargs["attention_mask"] = F.pad(mask, (n, 0), value=1)
-        for key in ("position_ids", "cache_position"):
+            kwargs["attention_mask"] = _with_prompt(mask, n, keep)
+        own = n if keep is None else keep.sum(1, keepdim=True)
+        for key, length in (("position_ids", own), ("cache_position", n)):
             if (at := kwargs.get(key)) is not None:
-                front = torch.arange(n, device=at.device, dtype=at.dtype).expand(*at.shape[:-1], n)
-                kwargs[key] = at + n if past else torch.cat([front, at + n], -1)
+                front = torch.arange(n, device=at.device, dtype=at.dtype)
+                if key == "position_ids":
+                    front = front + self.first
+                if isinstance(length, Tensor):
+                    front = front - (n - length)
+                    at = at.expand(*at.shape[:-2], batch, -1)
+                front = front.clamp(min=0).expand(*at.shape[:-1], n)
+                kwargs[key] = at + length if past else torch.cat([front, at + length], -1)
         if kwargs.get("token_type_ids") is not None and not past:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (n, 0))
 
-    def _cross(self, kwargs: dict) -> dict:
+    def _cross(self, kwargs: dict, n: int, keep: Tensor | None) -> dict:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is not None and mask is not None and states.shape[1] - mask.shape[1] >= self.length:
-            kwargs["encoder_attention_mask"] = F.pad(mask, (self.length, 0), value=1)
+        if states is None:
+            return kwargs
+        if keep is not None:
+            keep = each_of(keep, len(states), self.site.path)
+            if mask is None:
+                mask = keep.new_ones(len(states), states.shape[1] - n, dtype=torch.long)
+        if mask is not None and states.shape[1] - mask.shape[1] >= n:
+            kwargs["encoder_attention_mask"] = _with_prompt(mask, n, keep)
         return kwargs
 
-    def _tokens_only(self, out):
-        """The output without what belongs to the prompt; the pooled state is that of the first token."""
-        n = self.length
+    def _tokens_only(self, out, n: int):
+        """The output without what belongs to the n places of the prompt; the pooled state is the first token's."""
         for key, value in list(out.items()):
             if key == "last_hidden_state":
                 out[key] = value[:, n:]
@@ -140,6 +175,17 @@ class Prompt(Delta):
         if out.get("pooler_output") is not None:
             out["pooler_output"] = self.site.module.pooler(out.last_hidden_state)
         return out
+
+
+def _with_prompt(mask: Tensor, n: int, keep: Tensor | None) -> Tensor:
+    """A mask [batch, tokens] with the n places before them."""
+    return F.pad(mask, (n, 0), value=1) if keep is None else torch.cat([keep.to(mask.dtype), mask], 1)
+
+
+def _first_position(module: nn.Module) -> int:
+    """Where a model counts positions from: past the number for padding, if its table has one (RoBERTa)."""
+    tables = (m for path, m in module.named_modules() if path.endswith("position_embeddings"))
+    return next((m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), 0)
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:

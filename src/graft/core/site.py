@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .delta import base_modules
 from .errors import GraftError
 
 KINDS: dict[str, type["Site"]] = {}  # qualified class name -> site; by name, so that optional libraries need no import
@@ -114,7 +115,7 @@ class Site:
         """Number of output features: as observed (statistics), else that of the last matrix (or norm) inside."""
         if seen := self.stats.get("width"):
             return seen
-        inside = [m for m in self.module.modules() if not getattr(m, "graft_owned", False)]
+        inside = base_modules(self.module).values()
         for kinds in ("linear", "conv"), ("norm",):
             if found := [m for m in inside if kind_of(m) in kinds]:
                 return site_for("", found[-1], kinds).d_out

@@ -45,6 +45,7 @@ class Parallel(Bottleneck):
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
         self.scaling = scaling
+        self.passes_x = "input_tensor" not in inspect.signature(type(site.module).forward).parameters
 
     @classmethod
     def places(cls, model, path, module):

@@ -75,13 +75,14 @@ class IA3(Delta, name="ia3"):
         if on == "auto":
             down = site.kind == "linear" and site.d_out < site.d_in and not _ATTENTION.fullmatch(site.path)
             on = "input" if down else "output"
-        self.on = on
+        self.on, self.passes_x = on, on == "output"
         self.l = nn.Parameter(torch.ones(site.inputs if on == "input" else site.d_out))
 
-    def forward(self, inner, x):
-        if self.on == "input":
-            return inner(self.site.scale(x, self.l))
-        return self.site.scale(inner(x), self.l)
+    def prepare(self, inner):
+        return (self.l,)
+
+    def act(self, inner, x, l):
+        return self.site.scale(inner(x), l) if self.passes_x else inner(self.site.scale(x, l))
 
     def weight(self, w):
         return w * (self.site.columns(self.l) if self.on == "input" else self.site.rows(self.l))

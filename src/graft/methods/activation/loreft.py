@@ -54,23 +54,28 @@ class LoReFT(Edit, name="loreft"):
         layers = (getattr(m, "layer_idx", None) for m in site.module.modules())
         self.layer = next((i for i in layers if i is not None), 0)
 
-    def forward(self, inner, *args, **kwargs):
+    def look(self, args, kwargs):
+        """Which tokens are real [batch, length], or None where none is edited."""
         given = kwargs | dict(zip(self.names, args))
         cache = next((a for a in given.values() if hasattr(a, "get_seq_length")), None)
         if cache is not None and cache.get_seq_length(self.layer):
-            return inner(*args, **kwargs)
-        out = inner(*args, **kwargs)
-        base = h = out[0] if isinstance(out, tuple) else out
+            return (None,)
+        x = args[0] if args else kwargs["hidden_states"]
         mask = next((m for m in (given.get("attention_mask"), given.get("mask")) if isinstance(m, Tensor)), None)
-        real = h.new_ones(h.shape[:-1], dtype=torch.bool) if mask is None else _real(mask, h)
-        rank = real.cumsum(-1)  # 1 at the first real token
+        real = x.new_ones(x.shape[:-1], dtype=torch.bool) if mask is None else _real(mask, x)
+        return (real.expand(x.shape[:-1]),)
+
+    def edit(self, h, x, real):
+        if real is None:
+            return h
+        base, rank = h, real.cumsum(-1)  # 1 at the first real token
         count = rank[..., -1:]
         for (first, last), subspace in zip(self.spans, self.edits):
             at = real & ((rank <= first) | (rank > count - last))
             edited = subspace(base)
             edited = F.dropout(edited, self.dropout, self.training) if self.dropout else edited
             h = torch.where(at[..., None], edited, h)
-        return (h, *out[1:]) if isinstance(out, tuple) else h
+        return h
 
 
 class Subspace(nn.Module):

@@ -50,6 +50,7 @@ class Pfeiffer(Serial, name="pfeiffer"):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.after_norm = kind_of(site.module) == "norm"
+        self.passes_x = not self.after_norm
 
     @classmethod
     def places(cls, model, path, module):

@@ -28,6 +28,7 @@ class SSF(Delta, name="ssf"):
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
     neutral = {"gamma": 1.0, "beta": 0.0}
+    passes_x = True
 
     def __init__(
         self,
@@ -41,9 +42,12 @@ class SSF(Delta, name="ssf"):
         shifted = shift_all or site.bias is not None
         self.beta = nn.Parameter(spread * torch.randn(site.d_out)) if shifted else None
 
-    def forward(self, inner, x):
-        y = self.site.scale(inner(x), self.gamma)
-        return y if self.beta is None else self.site.shift(y, self.beta)
+    def prepare(self, inner):
+        return self.gamma, self.beta
+
+    def act(self, inner, x, gamma, beta):
+        y = self.site.scale(inner(x), gamma)
+        return y if beta is None else self.site.shift(y, beta)
 
     def weight(self, w):
         return w * self.site.rows(self.gamma)

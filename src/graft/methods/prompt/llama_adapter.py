@@ -11,6 +11,7 @@ from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
 from ...core.peft import OWN, As, Peft
+from ...core.stacked import each_of, left_padded
 
 
 class _AdaptionPromptPeft(Peft):
@@ -97,14 +98,34 @@ class LlamaAdapter(Attention, name="llama_adapter"):
             self.prompt = nn.Parameter(torch.randn(length, site.base_config.hidden_size))
             self.gate = nn.Parameter(torch.zeros(site.base_config.num_attention_heads))
 
-    def forward(self, inner, q, k, v, mask=None, **kwargs):
-        out, weights = inner(q, k, v, mask, **kwargs)  # [batch, length, heads, size]
+    def prepare(self, inner):
         if not self.on:
-            return out, weights
-        batch, heads = q.shape[:2]
+            return None
+        heads = len(self.gate)
         K, V = self.site.keys_values(self.prompt.to(self.site.where().dtype))
-        K, V = (
-            t.to(q.dtype).repeat_interleave(heads // len(t), 0).expand(batch, -1, -1, -1) for t in (K, V)
-        )  # [batch, heads, prompt, size]
-        extra = F.scaled_dot_product_attention(q, K, V, scale=kwargs.get("scaling")).transpose(1, 2)
-        return out + self.gate.tanh().to(out.dtype)[:, None] * extra, weights
+        return *(t.repeat_interleave(heads // len(t), 0) for t in (K, V)), self.gate.tanh()
+
+    def sources(self, inner=None):  # the projections have a part in it, with whatever deltas are there
+        return super().sources(inner) + [d for m in self.site.module.modules() for d in (m._parameters, m._buffers)]
+
+    @classmethod
+    def stack(cls, prepared):
+        if not any(prepared):
+            return None
+        K, keep = left_padded([p and p[0] for p in prepared])
+        V, _ = left_padded([p and p[1] for p in prepared])
+        none = torch.zeros_like(next(p for p in prepared if p)[2])
+        gate = torch.stack([p[2] if p else none for p in prepared])
+        if keep is not None:  # a row without any sees zeros, which its gate shuts out
+            keep = keep | ~keep.any(1, keepdim=True)
+        return K, V, gate, keep
+
+    def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
+        out, weights = inner(q, k, v, mask, **kwargs)  # [batch, length, heads, size]
+        if stacked is None:
+            return out, weights
+        *own, keep = stacked
+        K, V, gate = (each_of(t.to(q.dtype), len(q), self.site.path) for t in own)
+        seen = None if keep is None else each_of(keep, len(q), self.site.path)[:, None, None]
+        extra = F.scaled_dot_product_attention(q, K, V, seen, scale=kwargs.get("scaling")).transpose(1, 2)
+        return out + gate[:, None, :, None] * extra, weights

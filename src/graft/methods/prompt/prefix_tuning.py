@@ -12,6 +12,7 @@ from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
 from ...core.peft import OWN, PromptPeft
+from ...core.stacked import left_padded
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # rotations which depend on nothing but the position
 
@@ -155,9 +156,17 @@ class PrefixTuning(Attention, name="prefix_tuning"):
         K, V = self.up(self.shared()).unflatten(-1, (2, self.heads, self.size)).permute(1, 2, 0, 3)
         return K, V
 
-    def forward(self, inner, q, k, v, mask=None, **kwargs):
-        K, V = self.prefix()
-        return self.prepend(inner, K, V, q, k, v, mask, **kwargs)
+    def prepare(self, inner):
+        return self.prefix()
+
+    @classmethod
+    def stack(cls, prepared):
+        K, keep = left_padded([p and p[0] for p in prepared])
+        return K, left_padded([p and p[1] for p in prepared])[0], keep
+
+    def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
+        K, V, keep = stacked
+        return self.prepend(inner, K, V, keep, q, k, v, mask, **kwargs)
 
 
 class Reparameterization(nn.Module):

@@ -24,6 +24,7 @@ class BitFit(Delta, name="bitfit"):
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
     neutral = {"c": 0.0}
+    passes_x = True
 
     def __init__(self, site):
         super().__init__(site)
@@ -33,8 +34,11 @@ class BitFit(Delta, name="bitfit"):
     def refuses(cls, site):
         return "it has no bias" if site.bias is None else None
 
-    def forward(self, inner, x):
-        return self.site.shift(inner(x), self.c)
+    def prepare(self, inner):
+        return (self.c,)
+
+    def act(self, inner, x, c):
+        return self.site.shift(inner(x), c)
 
     def weight(self, w):
         return w

@@ -73,6 +73,7 @@ class Tokens(Delta, name="tokens"):
     hosts = ("embedding", "linear")
     targets = "tokens"
     brings_rows = True
+    passes_x = True
     small = dict(tokens=(1, 3, 6))
     peft = _TokensPeft(
         "TRAINABLE_TOKENS",

@@ -37,6 +37,7 @@ class DoRA(Delta, name="dora"):
         Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
     )
     small = dict(rank=2)
+    passes_x = True
     peft = replace(
         LoRA.peft,
         tensors={f"low.{name}": LoRA.peft.tensors[name] for name in "AB"} | {"m": _M},

@@ -94,16 +94,16 @@ class LoKr(Delta, name="lokr"):
         made = [nn.Parameter(nn.init.kaiming_uniform_(torch.empty(s), a=5**0.5)) for s in shapes]
         return (made[0], None, None) if rank is None else (None, made[0], made[1])
 
-    def factors(self):
+    def parts(self):
         """s W1 [a, c], and the one or two matrices whose product is W2 [b, d], the innermost first."""
         left = self.B1 @ self.A1 if self.W1 is None else self.W1
         return self.scaling * left, (self.A2, self.B2) if self.W2 is None else (self.W2,)
 
     def forward(self, inner, x):
-        return inner(x) + self.site.kron(x, *self.factors())
+        return inner(x) + self.site.kron(x, *self.parts())
 
     def weight(self, w):
-        left, (right, *rest) = self.factors()
+        left, (right, *rest) = self.parts()
         for m in rest:
             right = m @ right
         return w + torch.kron(left, right)

@@ -42,6 +42,7 @@ class LoRA(Delta, name="lora"):
         ),
     )
     small = dict(rank=2)
+    passes_x = True
     peft = Peft(
         "LORA",
         {

@@ -92,16 +92,16 @@ class VeRA(Delta, name="vera"):
         self.b = nn.Parameter(torch.zeros(site.d_out))
         self.dropout = dropout
 
-    def factors(self):
+    def projections(self):
         """A [rank, in] and B [out, rank] of this site."""
         return self.shared.A[:, : self.site.d_in], self.shared.B[: self.site.d_out]
 
     def forward(self, inner, x):
-        A, B = self.factors()
+        A, B = self.projections()
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
         h = self.site.scale(self.site.down(z, A), self.d)
         return inner(x) + self.site.scale(self.site.up(h, B), self.b)
 
     def weight(self, w):
-        A, B = self.factors()
+        A, B = self.projections()
         return w + self.b[:, None] * (B @ (self.d[:, None] * A))

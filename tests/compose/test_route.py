@@ -1,0 +1,274 @@
+"""Each row of a batch is served by its own adapter: row i of the batch is what adapter i alone computes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import graft
+from graft import methods
+from graft.core.delta import METHODS
+from models import bert, gpt2, llama, move, tokens
+
+methods.load()
+NAMES = sorted(n for n, cls in METHODS.items() if cls.__module__.startswith("graft."))
+SMALL = {n: METHODS[n].small for n in NAMES} | {"adalora": dict(rank=3, target_rank=2), "prompt_tuning": dict(length=3)}
+
+
+def attach(model, method, name, seed=1, targets=None, **hyper):
+    cls = METHODS[method]
+    hyper = SMALL[method] | hyper
+    stats = None
+    targets = targets or ("lm_head" if method == "full" else None)
+    if needs := cls.asks(cls(**hyper).hyper):
+        stats = graft.collect(
+            model, [tokens()], needs, targets or cls.targets, loss=lambda m, b: m(b).logits.square().mean()
+        )
+    adapter = graft.attach(model, cls(**hyper), targets, name=name, stats=stats)
+    return move(adapter, seed=seed)
+
+
+def alone(model, names, x, row, **more):
+    names = [names] if isinstance(names, str) else names or []
+    graft.activate(model, *names)
+    return model(input_ids=x[row : row + 1], **{k: v[row : row + 1] for k, v in more.items()}).logits[0]
+
+
+def agree(model, rows, x, **more):
+    with graft.route(model, rows):
+        together = model(input_ids=x, **more).logits
+    for i, names in enumerate(rows):
+        torch.testing.assert_close(together[i], alone(model, names, x, i, **more))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_rows_of_one_method(method):
+    model = llama(torch.float64, attention_bias=True)
+    for i in range(3):
+        attach(model, method, f"a{i}", seed=i)
+    agree(model, ["a2", None, "a0", "a1", "a0"], tokens(5))
+
+
+@pytest.mark.parametrize("make", [gpt2, bert])
+@pytest.mark.parametrize("method", [n for n in NAMES if n not in ("full", "tokens", "llama_adapter", "ln_tuning")])
+def test_rows_of_one_method_on_other_models(method, make):
+    model = make().double()
+    if METHODS[method].hosts == ("model",) and make is bert:
+        pytest.skip("the pooler of this model is given the first state")
+    for i in range(2):
+        attach(model, method, f"a{i}", seed=i)
+    agree(model, ["a1", None, "a0"], tokens(3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_rows_of_any_methods(data):
+    model = llama(torch.float64, attention_bias=True)
+    chosen = data.draw(st.lists(st.sampled_from(NAMES), min_size=2, max_size=5))
+    for i, method in enumerate(chosen):
+        attach(model, method, f"{method}-{i}", seed=i)
+    names = list(graft.adapters(model))
+    row = st.one_of(st.none(), st.sampled_from(names), st.lists(st.sampled_from(names), max_size=2, unique=True))
+    rows = data.draw(st.lists(row, min_size=1, max_size=6))
+    agree(model, rows, tokens(len(rows)))
+
+
+MIXED = ["lora", "dora", "ia3", "oft", "houlsby", "prompt_tuning", "prefix_tuning", "llama_adapter", "shira"]
+
+
+def mixed_model(make=llama, methods=MIXED, **config):
+    model = make(torch.float64, **config) if make is llama else make(**config).double()
+    for i, method in enumerate(methods):
+        attach(model, method, method, seed=i)
+    return model
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(do_sample=False),
+        dict(do_sample=True, top_k=5),
+        dict(num_beams=3),
+        dict(num_beams=2, num_return_sequences=2),
+        dict(do_sample=False, use_cache=False),
+    ],
+    ids=str,
+)
+def test_generation_follows_the_rows(how):
+    model, x = mixed_model(), tokens(4, 6)
+    rows, mask = ["lora", "prompt_tuning", None, "prefix_tuning"], torch.ones_like(x)
+    more = dict(max_new_tokens=5, min_new_tokens=5, pad_token_id=0, output_scores=True, return_dict_in_generate=True)
+    torch.manual_seed(0)
+    together = model.generate(x, attention_mask=mask, adapters=rows, **how, **more)
+    torch.manual_seed(0)
+    with graft.route(model, rows):
+        again = model.generate(x, attention_mask=mask, **how, **more)
+    assert torch.equal(together.sequences, again.sequences)
+    if how.get("do_sample"):  # which draws come for a row depends on the batch; the probabilities must not
+        steps = torch.stack(together.scores, 1)
+        for i, names in enumerate(rows):
+            logits = alone(model, names, together.sequences, i)[5:-1]
+            kept = steps[i].isfinite()
+            torch.testing.assert_close(steps[i][kept], logits[kept].float())
+        return
+    several = how.get("num_return_sequences", 1)
+    for i, names in enumerate(rows):
+        graft.activate(model, *([names] if names else []))
+        single = model.generate(x[i : i + 1], attention_mask=mask[i : i + 1], **how, **more)
+        assert torch.equal(together.sequences[i * several : (i + 1) * several], single.sequences)
+
+
+def test_left_padding_and_prompts_of_different_lengths():
+    model = llama(torch.float64)
+    for i, length in enumerate((1, 4, 2)):
+        attach(model, "prompt_tuning", f"prompt{i}", seed=i, length=length)
+        attach(model, "prefix_tuning", f"prefix{i}", seed=i, length=length)
+    x, mask = tokens(6, 7), torch.ones(6, 7, dtype=torch.long)
+    mask[0, :3] = mask[4, :2] = 0
+    rows = ["prompt0", "prompt1", None, "prefix2", "prefix1", "prompt2"]
+    with graft.route(model, rows):
+        written = model.generate(x, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
+        together = model(input_ids=x, attention_mask=mask).logits
+    for i, names in enumerate(rows):
+        real = mask[i].bool()
+        torch.testing.assert_close(together[i][real], alone(model, names, x, i, attention_mask=mask)[real])
+        single = model.generate(
+            x[i : i + 1], attention_mask=mask[i : i + 1], max_new_tokens=6, min_new_tokens=6, pad_token_id=0
+        )
+        assert torch.equal(written[i], single[0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_prefixes_of_different_lengths_in_both_products(implementation):
+    model = llama(torch.float64, attn_implementation=implementation)
+    for i, length in enumerate((1, 5)):
+        for method in ("prefix_tuning", "llama_adapter"):
+            attach(model, method, f"{method}{i}", seed=i, length=length)
+    agree(model, ["prefix_tuning1", "llama_adapter0", None, "llama_adapter1", "prefix_tuning0"], tokens(5))
+
+
+def test_gradients_of_a_row_reach_its_own_adapter_only():
+    model, x = mixed_model(), tokens(5)
+    rows = ["lora", "dora", ("oft", "lora"), "prefix_tuning", None]
+    with graft.route(model, rows):
+        losses = model(input_ids=x).logits.sin().sum((1, 2))
+        losses[1].backward(retain_graph=True)
+        touched = {
+            n
+            for n, a in graft.adapters(model).items()
+            if any(p.grad is not None and p.grad.any() for p in a.parameters())
+        }
+        assert touched == {"dora"}
+        model.zero_grad()
+        losses.sum().backward()
+    got = {n: [p.grad for p in a.parameters()] for n, a in graft.adapters(model).items()}
+    model.zero_grad(set_to_none=True)
+    for i, names in enumerate(rows):
+        alone(model, names, x, i).sin().sum().backward() if names else None
+    for name, adapter in graft.adapters(model).items():
+        for mine, p in zip(got[name], adapter.parameters()):
+            if p.grad is None:
+                assert mine is None or not mine.any()
+            else:
+                torch.testing.assert_close(mine, p.grad)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointed_activations(inside):
+    model, x = mixed_model(methods=["lora", "dora", "houlsby"]), tokens(3)
+    rows = ["lora", "dora", "houlsby"]
+
+    def gradients(checkpointed):
+        model.zero_grad(set_to_none=True)
+        if checkpointed:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with graft.route(model, rows):
+            loss = model(input_ids=x, use_cache=False).logits.sin().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [p.grad for a in graft.adapters(model).values() for p in a.parameters()]
+
+    plain = gradients(False)
+    if not inside:
+        with pytest.raises(graft.GraftError, match="call backward inside"):
+            gradients(True)
+        graft.activate(model, "lora")  # and a pass without a route is as ever
+        model(input_ids=x, use_cache=False).logits.sum().backward()
+        return
+    for a, b in zip(plain, gradients(True)):
+        torch.testing.assert_close(a, b)
+
+
+def test_threads_have_routes_of_their_own():
+    import threading
+
+    model, x = mixed_model(), tokens(2)
+    expect = {n: alone(model, n, x, 0).detach() for n in MIXED}
+    wrong = []
+
+    def serve(name):
+        for _ in range(5):
+            with torch.no_grad(), graft.route(model, [name, None]):
+                if not torch.allclose(model(input_ids=x).logits[0], expect[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(n,)) for n in MIXED[:6]]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_change_of_parameters_is_seen_within_a_route():
+    model, x = mixed_model(), tokens(3)
+    rows = ["lora", "dora", "oft"]
+    with torch.no_grad(), graft.route(model, rows):
+        before = model(input_ids=x).logits
+        for name in rows:
+            move(graft.adapters(model)[name])
+        after = model(input_ids=x).logits
+    assert not torch.equal(before, after)
+    for i, name in enumerate(rows):
+        torch.testing.assert_close(after[i], alone(model, name, x, i))
+
+
+def test_heads_of_a_classifier():
+    model = bert().double()
+    for name in ("a", "b"):
+        move(graft.attach(model, "lora", name=name, heads=["classifier"]), seed=ord(name))
+    agree(model, ["b", None, "a"], tokens(3))
+
+
+def test_refusals():
+    model = mixed_model(methods=["lora", "dora"])
+    x = tokens(4)
+    with pytest.raises(graft.GraftError, match=r"no adapter is called 'loar'.*lora, dora"):
+        graft.route(model, ["lora", "loar"]).__enter__()
+    with (
+        pytest.raises(graft.GraftError, match="gets 4 rows, and the route has 3"),
+        graft.route(model, ["lora", "dora", None]),
+    ):
+        model(input_ids=x)
+    with pytest.raises(graft.GraftError, match="gets 4 rows, and the route has 3"):
+        model(input_ids=x, adapters=["lora", "dora", None])
+    with pytest.raises(graft.GraftError, match="rows must be a list"):
+        model(input_ids=x, adapters="lora")
+    with pytest.raises(graft.GraftError, match="carries no adapter"):
+        graft.route(llama(), ["lora"]).__enter__()
+    torch.testing.assert_close(model(input_ids=x, adapters=None).logits, model(input_ids=x).logits)
+    with graft.merge(model), pytest.raises(graft.GraftError, match="merged"):
+        graft.route(model, ["lora"]).__enter__()
+
+
+def test_one_name_for_all_rows_of_one():
+    """A batch of any size under a route of one row."""
+    model, x = mixed_model(), tokens(4)
+    for name in MIXED:
+        with graft.route(model, [name]):
+            together = model(input_ids=x).logits
+        graft.activate(model, name)
+        torch.testing.assert_close(together, model(input_ids=x).logits)
