@@ -19,10 +19,14 @@ class LowRank(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The change of a host's matrix [out, in] and of its bias [out], or None where the bias stays."""
+    """The change of a host's matrix [out, in] and of its bias [out], or None where the bias stays.
+
+    `rounding` bounds the Frobenius norm of what rounding put into the matrix when it was taken as a difference.
+    """
 
     matrix: Tensor | LowRank
     bias: Tensor | None
+    rounding: float = 0.0
 
 
 def wide(t: Tensor) -> Tensor:
@@ -32,20 +36,21 @@ def wide(t: Tensor) -> Tensor:
 
 def change_of(delta: Delta) -> Change:
     """What `delta` changes at a host with a matrix; as factors where it has them or leaves the matrix as it is."""
-    site, factors = delta.site, delta.factors()
+    site, factors, rounding = delta.site, delta.factors(), 0.0
     if factors is None:
         w = wide(site.weight)
         new = delta.weight(w)
         zero = LowRank(w.new_zeros(0, site.d_in), w.new_zeros(site.d_out, 0))
         matrix = zero if new is w else new - w
+        rounding = 0.0 if new is w else 4 * torch.finfo(w.dtype).eps * size(w)
     else:
         matrix = LowRank(*map(wide, factors))
     old = site.bias
     new = delta.bias(old)
     if new is None or new is old:
-        return Change(matrix, None)
+        return Change(matrix, None, rounding)
     bias = wide(new) if old is None else wide(new) - wide(old)
-    return Change(matrix, bias if bias.any() else None)
+    return Change(matrix, bias if bias.any() else None, rounding)
 
 
 def is_low_rank(delta: Delta) -> bool:

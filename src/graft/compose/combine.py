@@ -17,9 +17,10 @@ from ..core import files
 from ..core.adapter import Adapter, adapters, registry, unwrapped
 from ..core.delta import Delta, base_modules
 from ..core.errors import GraftError
-from ..core.hyper import keywords
+from ..core.hyper import check, keywords
 from ..core.recipe import ByPath, Recipe
 from ..core.site import LinearSite, site_for
+from ..methods.weight.lora import LoRA
 from . import entrywise
 from .change import (
     MATRICES,
@@ -34,10 +35,9 @@ from .change import (
     size,
     wide,
 )
-from .keep import Kept, as_lora, as_shira
+from .keep import Kept, Loss, as_lora, as_shira
 from .progress import shown
 
-EXACT = 1e-5  # an error up to this is rounding
 FORMS = ("lora", "shira", "full")
 
 
@@ -48,16 +48,13 @@ class Combination:
     adapter  on the model
     error    ||dW - dW'||_F / ||dW||_F over all adapted modules, dW asked for and dW' kept
     errors   the same by module
+    exact    whether nothing but rounding was lost
     """
 
     adapter: Adapter
     error: float
     errors: dict[str, float] = field(repr=False)
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing but rounding was lost."""
-        return all(error <= EXACT for error in self.errors.values())
+    exact: bool
 
 
 class Source(NamedTuple):
@@ -109,7 +106,7 @@ def combine(
     arithmetic, first = _arithmetic(method, options), next(iter(taken.values()))
     if method == "sum" and [*weights.values()] == [1] and rank is None and into in (None, first.recipe.method.name):
         adapter = files.build(model, _copy(first), name)
-        return attached(adapter, dict.fromkeys(adapter.deltas, (1.0, 0.0)), weights)
+        return attached(adapter, dict.fromkeys(adapter.deltas, Loss()), weights)
     for label, adapter in taken.items():
         if bad := next((d for d in adapter.deltas.values() if not d.mergeable()), None):
             raise GraftError(
@@ -160,9 +157,11 @@ class Plan:
 
     def keep(
         self, name: str, rank: int | None, into: str | None, task: dict[str, Any] | None = None
-    ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
-        """The adapter, and by module the size of its change and of what is lost of it."""
+    ) -> tuple[Adapter, dict[str, Loss]]:
+        """The adapter, and what is lost by module."""
         own, into = self.own, into or self._natural(rank)
+        if rank is not None:
+            check(LoRA, "rank", rank)
         if rank is not None and into != "lora":
             raise GraftError(f"a rank is for lora, not for {into}: leave it out")
         if own is not None and into == own.name and into not in FORMS:
@@ -188,7 +187,7 @@ class Plan:
         paths = [path for path in kept if path not in wholes]
         recipe = Recipe.of(into, **_hyper([kept[path] for path in paths], paths))
         saved = files.Saved(recipe, paths, [*wholes], tensors, targets=paths, task=task or {})
-        return files.build(self.model, saved, name), {path: (one.size, one.lost) for path, one in kept.items()}
+        return files.build(self.model, saved, name), {path: one.loss for path, one in kept.items()}
 
     def is_low_rank(self, path: str) -> bool:
         return all(is_low_rank(s.deltas[path]) for s in self.sources if path in s.deltas)
@@ -230,7 +229,8 @@ class Plan:
         matrices = [scaled(c.matrix, w) for c, w in changes]
         biases = [w * c.bias for c, w in changes if c.bias is not None]
         matrix = added(matrices) if self.linear else self.arithmetic([dense(m) for m in matrices])
-        return form(site, Change(matrix, self.arithmetic(biases) if biases else None))
+        rounding = sum(abs(w) * c.rounding for c, w in changes)
+        return form(site, Change(matrix, self.arithmetic(biases) if biases else None, rounding))
 
     # As all tensors of the module
 
@@ -251,7 +251,7 @@ class Plan:
                         changes[key].append(source.weight * (wide(new) - wide(base[key])))
         combined = {key: self.arithmetic(own) for key, own in changes.items() if own}
         tensors = {f"copy.{k}": wide(t) + combined[k] if k in combined else t for k, t in base.items()}
-        return Kept({}, tensors, math.hypot(*(size(change) for change in combined.values())))
+        return Kept({}, tensors, Loss(math.hypot(*map(size, combined.values()))))
 
 
 def _taken(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[str, Adapter]:
@@ -297,16 +297,16 @@ def _copy(adapter: Adapter) -> files.Saved:
     )  # fmt: skip
 
 
-def attached(adapter: Adapter, sizes: dict[str, tuple[float, float]], replaced: Iterable[str] = ()) -> Combination:
-    """Put the adapter on the model, frozen, in the place of those that it replaces, and report its errors."""
+def attached(adapter: Adapter, losses: dict[str, Loss], replaced: Iterable[str] = ()) -> Combination:
+    """Put the adapter on the model, frozen, in the place of those that it replaces, and report what is lost."""
     adapter.requires_grad_(False)
     adapter.attach()
     found = registry(adapter.model)
     assert found
     found.activate(n for n in found.active if n not in replaced)
-    errors = {path: lost / whole if whole else 0.0 for path, (whole, lost) in sizes.items()}
-    whole, lost = (math.hypot(*parts) for parts in zip(*sizes.values()))
-    return Combination(adapter, lost / whole if whole else 0.0, errors)
+    total = Loss(*(math.hypot(*norms) for norms in zip(*losses.values())))
+    errors = {path: loss.error for path, loss in losses.items()}
+    return Combination(adapter, total.error, errors, all(loss.exact for loss in losses.values()))
 
 
 def _alike(one: tuple[Delta, Source], other: tuple[Delta, Source]) -> bool:

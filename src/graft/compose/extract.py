@@ -15,6 +15,7 @@ from ..core.targets import resolve
 from ..methods.weight.full import Full
 from .change import MATRICES, own_state, wide
 from .combine import Combination, Plan, Source, attached, inside
+from .keep import Loss
 
 
 @torch.no_grad()
@@ -37,30 +38,33 @@ def extract(
     into     "lora", "shira" (the entries that differ) or "full"; LoRA by default if a rank is given, else full
     name     of the adapter on the model, where it is frozen and runs
 
-    What differs in other places (parameters beside matrices and norms, modules that `targets` leaves out) is lost, and
-    counts in the error under the name of the tensor.
+    What differs in other places (parameters beside matrices and norms, running statistics of norms, modules that
+    `targets` leaves out) is lost, and counts in the error under the name of the tensor.
     """
     model = unwrapped(model)
     if found := registry(model):
         found.check_unmerged()
     if isinstance(tuned, nn.Module):
         tuned = merged_state_dict(tuned) if registry(tuned) else tuned.state_dict()
-    modules, changed = base_modules(model), _changed(model, tuned)
+    modules, sizes = base_modules(model), _changed(model, tuned)
+    changed = {path for path, m in modules.items() if any(f"{path}.{n}".strip(".") in sizes for n in m._parameters)}
     whole = [path for path, _ in resolve(model, heads, HEADS)] if heads else []
     kinds = (*MATRICES, "norm")
     picked = modules.items() if targets is None else resolve(model, targets, kinds)
     paths = [path for path, module in picked if path in changed and kind_of(module) in kinds]
     paths = [path for path in paths if not inside(path, whole)]
     source = Source(_Tuned(modules, tuned, [*paths, *whole]), Recipe.of(Full), {*whole}, 1.0)
-    adapter, sizes = Plan(model, [source]).keep(name, rank, into)
-    for path, tensors in changed.items():
-        if path not in paths and not inside(path, whole):
-            sizes |= {key: (size, size) for key, size in tensors.items()}
-    return attached(adapter, sizes)
+    adapter, losses = Plan(model, [source]).keep(name, rank, into)
+    for key, size in sizes.items():
+        path, _, leaf = key.rpartition(".")
+        runs_whole = inside(path, [p for p in whole if kind_of(modules[p]) == "module"])
+        if not runs_whole and (leaf in modules[path]._buffers or not inside(path, [*paths, *whole])):
+            losses[key] = Loss(size, size)  # at a norm, statistics stay those of the base
+    return attached(adapter, losses)
 
 
-def _changed(model: nn.Module, tuned: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """{path of a module: {name of a tensor that differs: Frobenius norm of the difference}}."""
+def _changed(model: nn.Module, tuned: Mapping[str, Tensor]) -> dict[str, float]:
+    """{name of a tensor that differs: Frobenius norm of the difference}."""
     paths, found = base_modules(model), {}
     for key, value in own_state(model).items():
         if key not in tuned:
@@ -74,7 +78,7 @@ def _changed(model: nn.Module, tuned: Mapping[str, Tensor]) -> dict[str, dict[st
         if path in paths and value.is_floating_point():
             size = torch.linalg.vector_norm(wide(tuned[key]).to(value.device) - wide(value)).item()
             if size:
-                found.setdefault(path, {})[key] = size
+                found[key] = size
     if not found:
         raise GraftError("the two models do not differ: there is nothing to extract")
     return found
@@ -89,12 +93,12 @@ class _Tuned(Mapping):
     def __getitem__(self, path: str) -> Full:
         if path not in self.paths:
             raise KeyError(path)
-        delta = Full(site_for(path, self.modules[path], HEADS))
-        prefix = f"{path}." if path else ""
-        for key, own in (
-            delta.copy.to(torch.promote_types(delta.site.where().dtype, torch.float32)).state_dict().items()
-        ):
-            own.copy_(self.state[prefix + key])
+        site, prefix = site_for(path, self.modules[path], HEADS), f"{path}." if path else ""
+        delta = Full(site)
+        copy = delta.copy.to(torch.promote_types(site.where().dtype, torch.float32))
+        own = copy.state_dict() if site.kind == "module" else dict(copy.named_parameters())
+        for key, value in own.items():
+            value.copy_(self.state[prefix + key])
         return delta
 
     def __iter__(self) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """How a change is kept: the hyperparameters and tensors of a method that computes it, and what that loses."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,14 +10,31 @@ from ..core.errors import GraftError
 from ..core.site import LinearSite
 from .change import Change, LowRank, added, dense, scaled, size, svd
 
+EXACT = 1e-5  # a loss up to this share of the change is rounding
+
+
+class Loss(NamedTuple):
+    """Frobenius norms at one module: of the change, of what is missing of it, and of rounding in it."""
+
+    size: float = 0.0
+    lost: float = 0.0
+    rounding: float = 0.0
+
+    @property
+    def error(self) -> float:
+        return self.lost / self.size if self.size else 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.lost <= max(EXACT * self.size, self.rounding)
+
 
 class Kept(NamedTuple):
-    """One module of the new adapter. `size` is the Frobenius norm of its change, `lost` that of what is missing."""
+    """One module of the new adapter: the hyperparameters and tensors of its delta."""
 
     hyper: dict[str, Any]
     tensors: dict[str, Tensor]
-    size: float = 0.0
-    lost: float = 0.0
+    loss: Loss = Loss()
 
 
 def as_lora(site: LinearSite, change: Change, rank: int | None = None) -> Kept:
@@ -29,7 +47,8 @@ def as_lora(site: LinearSite, change: Change, rank: int | None = None) -> Kept:
     if not isinstance(matrix, LowRank) or (rank is not None and rank < len(matrix.A)):
         U, S, V = svd(matrix)
         beyond = S.square().flip(0).cumsum(0).flip(0).sqrt()  # [i]: what is lost without the values from i on
-        needed = int((beyond > torch.finfo(S.dtype).eps * beyond[:1]).sum())
+        rounding = (torch.finfo(S.dtype).eps * beyond[:1]).clamp(min=change.rounding)
+        needed = int((beyond > rounding).sum())
         keep = needed if rank is None else min(rank, needed)
         root = S[:keep].sqrt()
         matrix = LowRank(root[:, None] * V[:keep], U[:, :keep] * root)
@@ -41,7 +60,8 @@ def as_lora(site: LinearSite, change: Change, rank: int | None = None) -> Kept:
         tensors["c"] = change.bias
     count = len(matrix.A)
     hyper = {"rank": count, "alpha": float(count), "bias": change.bias is not None}
-    return Kept(hyper, tensors, _size(change), lost)
+    whole = math.hypot(size(change.matrix), 0.0 if change.bias is None else size(change.bias))
+    return Kept(hyper, tensors, Loss(whole, lost, change.rounding))
 
 
 def as_shira(site: LinearSite, change: Change) -> Kept:
@@ -52,13 +72,8 @@ def as_shira(site: LinearSite, change: Change) -> Kept:
     index = flat.nonzero().flatten()
     index = index if len(index) else index.new_zeros(1)
     tensors = {"value": flat[index], "index": index}
-    return Kept({"density": len(index) / len(flat)}, tensors, size(flat))
+    return Kept({"density": len(index) / len(flat)}, tensors, Loss(size(flat)))
 
 
 def _difference(a: Tensor | LowRank, b: LowRank) -> Tensor | LowRank:
     return added([a, scaled(b, -1)]) if isinstance(a, LowRank) else torch.addmm(a, b.B, b.A, alpha=-1)
-
-
-def _size(change: Change) -> float:
-    both = [size(change.matrix), 0.0 if change.bias is None else torch.linalg.vector_norm(change.bias).item()]
-    return torch.tensor(both).norm().item()
