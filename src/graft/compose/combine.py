@@ -170,7 +170,7 @@ class Plan:
             wholes = self.heads
             makers = {p: partial(self._in_tensors, p) for p in self._paths(wholes)}
         elif into == "full":
-            wholes = self.heads
+            wholes = self.heads if self._paths(self.heads) else []
             makers = {p: partial(self._as_full, p) for p in outermost(self._paths(wholes))}
         elif into in FORMS:
             form, wholes = partial(as_lora, rank=rank) if into == "lora" else as_shira, self.wholes
