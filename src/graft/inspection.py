@@ -11,12 +11,16 @@ from .core.site import kind_of
 from .models import skeleton
 
 
-def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """What an adapter is, in our format or in Hugging Face PEFT's: its configuration and the sizes of its tensors."""
+def adapter_facts(folder: str | Path, revision: str | None = None) -> list[dict[str, Any]]:
+    """What the adapters in a folder, or the one in a file, are, in whatever format, innermost first."""
+    return [_facts(part) for part in files.parts(folder, revision)]
+
+
+def _facts(part: files.Part) -> dict[str, Any]:
+    """The configuration of an adapter and the sizes of its tensors."""
     import safetensors
 
-    config = files.read_config(folder, revision)
-    file = files.tensors_file(folder, revision)
+    config, file = part.config(), part.file()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -24,14 +28,13 @@ def adapter_facts(folder: str | Path, revision: str | None = None) -> dict[str, 
             kinds = Counter(s.get_dtype() for s in slices.values())
     except Exception as error:  # the library's own
         raise GraftError(f"{file} is no sound safetensors file: {error}") from error
-    theirs = "peft_type" in config
+    form = part.form()
     return {
-        "format": "peft" if theirs else "graft",
-        "method": str(config["peft_type"]).lower() if theirs else config.get("method"),
-        "base": config.get("base_model_name_or_path" if theirs else "base_model"),
-        "base_fingerprint": config.get("base_fingerprint"),
-        "sites": len(config.get("modules", ())) or None,
-        "heads": config.get("modules_to_save" if theirs else "heads") or [],
+        "format": form.name,
+        "name": part.name or config.get("name"),
+        **({"active": part.active} if part.name else {}),
+        **dict(method=None, base=None, base_fingerprint=None, sites=None, heads=[]),
+        **form.facts(config, list(shapes)),
         "parameters": sum(_count(shape) for shape in shapes.values()),
         "bytes": file.stat().st_size,
         "dtypes": dict(kinds),

@@ -26,11 +26,16 @@ from .training.evaluation import choose, length
 
 @dataclass
 class Tuned:
-    """What `tune` gives: the base with the adapter on it, the adapter, and what the run showed."""
+    """What `tune` gives: the base with the adapters on it, these by name, and what the run showed."""
 
     base: Base
-    adapter: Adapter
+    adapters: dict[str, Adapter]
     result: Result
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter; of several the outermost."""
+        return list(self.adapters.values())[-1]
 
 
 def tune(
@@ -47,17 +52,18 @@ def tune(
     examples_for_statistics: int = 64,
     **training: Any,
 ) -> Tuned:
-    """Load a base model, put a new adapter on it, train it on data and save it.
+    """Load a base model, put one or several new adapters on it, train them together on data and save them.
 
     model      a folder, the id of a model on the hub, or a base that ships, see `load_base`
     data       a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, "owner/name" on the hub, a list of dicts
-    method     graft.LoRA(rank=8), or the name of a method
+    method     graft.LoRA(rank=8), or the name of a method; a list of these is a chain, innermost first, whose adapters
+               are called like their methods and saved as one folder
     targets    modules to adapt: a preset (all-linear, attention, mlp, qv, blocks, ...), regular expressions over the
-               paths of modules, or a list of them; by default what the method is made for
-    heads      modules to train whole beside the method, named like targets; by default those which the checkpoint
-               lacks, such as a new classifier
-    output     folder for the adapter; it must not exist. Until the adapter is complete, the run has a folder beside it,
-               with .run at the end of its name
+               paths of modules, or a list of them; by default what each method is made for
+    heads      modules to train whole beside the method (the outermost one), named like targets; by default those which
+               the checkpoint lacks, such as a new classifier
+    output     folder for what is learnt; it must not exist. Until it is complete, the run has a folder beside it, with
+               .run at the end of its name
     resume     go on with a run that was stopped, from its last checkpoint and to the same bits
     dtype      of the base's weights: auto (as stored), float32, bfloat16, float16
     revision   of the model on the hub
@@ -80,17 +86,18 @@ def tune(
         dtype=dtype, revision=revision, seed=seed,
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
-    recipe, stats = Recipe.of(method), None
-    if targets is None and recipe.method.targets == "head" and base.heads:
-        targets, base.heads = base.heads, []  # the method itself is for heads
-    cls = recipe.method
-    varied = any(callable(value) or isinstance(value, dict) for value in recipe.hyper.values())
-    if needs := cls.needs if varied else cls.asks(recipe.hyper):
-        batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-        paths = {path for path, _ in resolve(base.model, targets or cls.targets, cls.hosts)}
-        stats = collect(base.model, batches, needs, lambda path, module: path in paths, loss)
-    heads = base.heads if heads is None else heads
-    adapter = attach(base.model, recipe, targets, heads=heads, seed=seed, stats=stats)
+    chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
+    for name, recipe in chain.items():
+        cls, where, stats = recipe.method, targets, None
+        if targets is None and cls.targets == "head" and base.heads:
+            where, base.heads = base.heads, []  # the method itself is for heads
+        varied = any(callable(value) or isinstance(value, dict) for value in recipe.hyper.values())
+        if needs := cls.needs if varied else cls.asks(recipe.hyper):
+            batches, loss = _batches(base, task, examples, examples_for_statistics, training)
+            paths = {path for path, _ in resolve(base.model, where or cls.targets, cls.hosts)}
+            stats = collect(base.model, batches, needs, lambda path, module, paths=paths: path in paths, loss)
+        whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
+        made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
     try:
         result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
     except GraftError:
@@ -103,12 +110,26 @@ def tune(
         # Made whole inside the run's folder and renamed: a run that is killed here can still be resumed.
         whole, kept = run / place.name, [p for p in run.iterdir() if not p.name.startswith((".", "checkpoint-"))]
         shutil.rmtree(whole, ignore_errors=True)
-        adapter.save(whole, base_model=base.name)
+        if len(made) == 1:
+            made["default"].save(whole, base_model=base.name)
+        else:
+            files.save(base.model, whole, base_model=base.name)
         for file in (p for p in kept if p != whole):
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, whole / file.name)
         whole.rename(place)
         shutil.rmtree(run)
-    return Tuned(base, adapter, result)
+    return Tuned(base, made, result)
+
+
+def _named(recipes: list[Recipe]) -> dict[str, Recipe]:
+    """The recipes by the names of their adapters."""
+    if not recipes:
+        raise GraftError("method is an empty list: name a method, such as graft.LoRA(rank=8)")
+    if len(recipes) == 1:
+        return {"default": recipes[0]}
+    methods = [recipe.method.name for recipe in recipes]
+    numbers = [methods[:i].count(name) + 1 for i, name in enumerate(methods)]
+    return {name if n == 1 else f"{name}-{n}": recipe for name, n, recipe in zip(methods, numbers, recipes)}
 
 
 def load_adapted(
@@ -125,15 +146,17 @@ def load_adapted(
     """Load a base model with a saved adapter on it, for the task that the adapter was trained for.
 
     model             as for `load_base`
-    adapter           a folder that `Adapter.save` or Hugging Face PEFT wrote, or an id on the hub; none: the base alone
-    objective         what the model is for; by default what the adapter was trained for
+    adapter           a folder of one or several adapters, which Graft or Hugging Face PEFT wrote, or an id on the hub;
+                      none: the base alone
+    objective         what the model is for; by default what the adapter was trained for, the outermost that runs
     labels            names of the classes, in order; by default those that the adapter was trained with
     dtype             of the base's weights: auto (as stored), float32, bfloat16, float16
     device            cpu, cuda, ...; by default the accelerator, if there is one
     revision          of the model on the hub
     allow_other_base  use the adapter on weights it was not trained on, too
     """
-    task = {} if adapter is None else dict(files.read_config(adapter).get("task") or {})
+    configs = [] if adapter is None else [part.config() for part in files.parts(adapter) if part.active]
+    task = next((dict(c["task"]) for c in reversed(configs) if c.get("task")), {})
     task |= {} if objective is None else {"objective": objective}
     base = load_base(
         model, objective=task.get("objective"), labels=labels, config=None if labels else task.get("config"),

@@ -326,6 +326,31 @@ def test_an_option_called_like_another_gets_the_name_of_the_method(graft, house,
         del METHODS["test_clash"]
 
 
+def test_several_methods_are_trained_together_and_travel_as_one(graft, house, tmp_path):
+    data = ["--data", house / "prompts.jsonl"]
+    made = graft("tune", house / "llama", *data, "--validation", house / "prompts.jsonl", "--steps", 3,
+                 "--learning-rate", "1e-2", "--method", "lora", "--method=dora", "--method", "ia3", "--lora.rank", 2,
+                 "--dora.rank", 3, "--on", "output", "--output", tmp_path / "a", "--json")  # fmt: skip
+    assert made.code == 0, made.err
+    rank = {n: {len(v) for k, v in tensors(tmp_path / "a" / n).items() if k.endswith("A")} for n in ("lora", "dora")}
+    assert rank == {"lora": {2}, "dora": {3}} and made.json["method"] == ["lora", "dora", "ia3"]
+    measured = graft("eval", house / "llama", "--adapter", tmp_path / "a", *data, "--json").json
+    assert measured == pytest.approx(made.json["validation"], rel=1e-4)
+    base = graft("eval", house / "llama", *data, "--json").json
+    assert measured["loss"] < base["loss"]
+    shown = graft("show", tmp_path / "a", "--json").json
+    assert shown["kind"] == "adapters" and [a["name"] for a in shown["adapters"]] == ["lora", "dora", "ia3"]
+    assert sum(a["parameters"] for a in shown["adapters"]) == made.json["trained parameters"]
+    assert all(f"{tmp_path / 'a'}/{n}" in graft("show", tmp_path / "a").out for n in ("lora", "dora", "ia3"))
+    assert graft("tune", "--recipe", tmp_path / "a" / "recipe.yaml", "--output", tmp_path / "b").code == 0
+    for name in ("lora", "dora", "ia3"):
+        assert same(tensors(tmp_path / "a" / name), tensors(tmp_path / "b" / name))
+    merged = graft("merge", house / "llama", "--adapter", tmp_path / "a", "--output", tmp_path / "m", "--json")
+    assert merged.code == 0
+    plain = graft("eval", tmp_path / "m", *data, "--json").json
+    assert plain == pytest.approx(measured, rel=1e-3)
+
+
 load_methods()
 
 

@@ -37,6 +37,8 @@ CASES = {
     "no output": (GOOD[:4], "output is missing"),
     "nothing to resume": ([*GOOD, "--resume"], "no checkpoint"),
     "unknown method": ([*GOOD, "--method", "lroa"], "did you mean lora"),
+    "one method twice": ([*GOOD, "--method", "lora", "--method", "lora"], "lora is named twice"),
+    "an option that two methods have": ([*GOOD, "--method", "lora", "--method", "dora", "--rank", "2"], "--rank"),
     "unknown option": ([*GOOD, "--rnak", "3"], "--rank"),
     "hyperparameter of a wrong type": ([*GOOD, "--rank", "many"], "rank must be int, at least 1, not 'many'"),
     "hyperparameter out of range": ([*GOOD, "--rank", "0"], "rank must be int, at least 1, not '0'"),

@@ -410,6 +410,10 @@ def test_more_refusals():
         graft.convert(model, "n")
     with graft.merge(model), pytest.raises(graft.GraftError, match="merged into the base"):
         graft.combine(model, {"a": 1})
+    with torch.no_grad():
+        next(iter(graft.adapters(model)["a"].deltas.values())).c[0] = float("inf")
+    with pytest.raises(graft.GraftError, match="'a' holds NaN or infinity: nothing was combined"):
+        graft.combine(model, {"a": 0.5, "b": 0.5})
 
 
 # Against PEFT

@@ -638,7 +638,11 @@ def test_an_id_is_looked_up_on_the_hub_without_pickles(good, monkeypatch):
     model = net()
     graft.load(model, "some-org/some.adapter", revision="v2")
     assert torch.equal(model(X), expected())
-    assert asked == [("some-org/some.adapter", {"revision": "v2", "allow_patterns": [CONFIG, TENSORS]})]
+    ((repo, options),) = asked
+    patterns = options.pop("allow_patterns")
+    assert (repo, options) == ("some-org/some.adapter", {"revision": "v2"})
+    assert {"adapters.json", CONFIG, TENSORS} <= {*patterns}
+    assert all(name.endswith((".json", ".safetensors")) and "*" not in name for name in patterns)
 
 
 @pytest.mark.parametrize("place", ["nothing", "./a/b", "/a/b", "a/b/c", "../a", "a\\b", "", "org/name\n", "~/x"])

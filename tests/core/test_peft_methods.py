@@ -12,7 +12,7 @@ from torch import nn
 import graft
 from graft import GraftError, methods
 from graft.core.delta import METHODS
-from graft.core.peft import Peft
+from graft.core.formats.peft import Peft
 from models import gpt2, llama, tokens
 
 methods.load()

@@ -4,10 +4,21 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.errors import GraftError
 from ._output import print_facts, print_json, print_table
 
 Output = Annotated[str, typer.Option(metavar="FOLDER", help="Where to write; it must not exist.")]
-Format = Annotated[str, typer.Option(help="graft, or peft for Hugging Face PEFT.")]
+Format = Annotated[str, typer.Option(help="graft, or another format that the method has, such as peft.")]
+
+
+def only(base: Any, folder: str) -> str:
+    """The name of the one adapter that was loaded from a folder."""
+    from ..core.adapter import adapters
+
+    first, *others = adapters(base.model)
+    if others:
+        raise GraftError(f"{folder} holds several adapters: choose one of them, such as {folder}/{first}")
+    return first
 
 
 def saved(done: Any, base: Any, output: str, format: str) -> dict[str, Any]:

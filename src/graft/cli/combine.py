@@ -9,7 +9,7 @@ import typer
 
 from ..core.errors import GraftError
 from ..core.hyper import keywords
-from ._combination import Format, Output, print_made, saved
+from ._combination import Format, Output, only, print_made, saved
 from ._model import NAMED, adapted, model_settings
 from ._output import Json, working
 from ._settings import Setting, parameters, settings, values
@@ -31,12 +31,11 @@ def combine(
     """
     with working():
         from ..compose.combine import combine as combined
-        from ..core.adapter import adapters as on
         from ..core.files import load
 
         weights = [_weighted(text) for text in adapters]
         base, _ = adapted(model, weights[0][0], options)
-        names = [*on(base.model)]
+        names = [only(base, weights[0][0])]
         for i, (folder, _) in enumerate(weights[1:], 2):
             names.append(f"{i}-{names[0]}")
             load(base.model, folder, name=names[-1], allow_other_base=bool(options.get("allow_other_base")))

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from ._combination import Format, Output, print_made, saved
+from ._combination import Format, Output, only, print_made, saved
 from ._model import ADAPTER, NAMED, adapted, model_settings
 from ._output import Json, working
 from ._settings import parameters
@@ -24,10 +24,9 @@ def convert(
     """
     with working():
         from ..compose.combine import convert as converted
-        from ..core.adapter import adapters
 
         base, own = adapted(model, adapter, options, converted)
-        facts = saved(converted(base.model, *adapters(base.model), **own), base, output, format)
+        facts = saved(converted(base.model, only(base, adapter), **own), base, output, format)
     print_made(facts, as_json)
 
 

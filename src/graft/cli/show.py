@@ -11,7 +11,7 @@ from ._settings import split
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder, or a model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder or file, or a model.")],
     targets: Annotated[str | None, typer.Option(help="Of a model: the modules that these targets pick.")] = None,
     method: Annotated[str, typer.Option(help="Of a model: for which method.")] = "lora",
     as_json: Json = False,
@@ -34,11 +34,12 @@ def show(
         ]
         print_table(rows, ("hyperparameter", "default", "type", "range", "meaning"))
     elif kind == "adapter":
-        facts["dtypes"] = [f"{count} {dtype}" for dtype, count in facts["dtypes"].items()]
-        rows = [(key, "x".join(map(str, shape))) for key, shape in facts.pop("tensors").items()]
-        config = facts.pop("config")
-        print_facts(facts | {f"{k} ": v for k, v in config.get("hyperparameters", {}).items()}, name)
-        print_table(rows, ("tensor", "shape"))
+        _print_adapter(facts, name)
+    elif kind == "adapters":
+        rows = [(f["name"], f["method"], f["active"], f["sites"], f["parameters"]) for f in facts["adapters"]]
+        print_table(rows, ("adapter, innermost first", "method", "runs", "sites", "parameters"), name)
+        for one in facts["adapters"]:
+            _print_adapter(one, f"{name}/{one['name']}")
     else:
         print_facts({k: facts[k] for k in ("class", "parameters")}, name)
         rows = [
@@ -50,17 +51,29 @@ def show(
             print_table(rows, ("module", "class", "kind", "shape"), f"{targets}: {len(rows)} modules")
 
 
+def _print_adapter(facts: dict, title: str) -> None:
+    dtypes = [f"{count} {dtype}" for dtype, count in facts["dtypes"].items()]
+    rows = [(key, "x".join(map(str, shape))) for key, shape in facts["tensors"].items()]
+    shown = {k: v for k, v in facts.items() if k not in ("tensors", "config")} | {"dtypes": dtypes}
+    print_facts(shown | {f"{k} ": v for k, v in facts["config"].get("hyperparameters", {}).items()}, title)
+    print_table(rows, ("tensor", "shape"))
+
+
 def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
     from ..catalogue import describe
     from ..core.delta import METHODS
+    from ..core.folder import CHAIN, CONFIG
     from ..core.recipe import method as called
     from ..inspection import adapter_facts, model_facts
     from ..models import ships
     from ..training.messages import nearest
 
     folder = Path(name).expanduser()
-    if (folder / "adapter_config.json").exists():
-        return "adapter", adapter_facts(folder)
+    if any((folder / file).exists() for file in (CONFIG, CHAIN)) or (
+        folder.is_file() and folder.suffix == ".safetensors"
+    ):
+        found = adapter_facts(folder)
+        return ("adapter", found[0]) if len(found) == 1 else ("adapters", {"adapters": found})
     if folder.is_dir() or name in ships() or "/" in name:
         return "model", model_facts(name, targets and split(targets), method)
     called("lora")  # loads the catalogue

@@ -1,7 +1,9 @@
 """graft tune: train an adapter."""
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +18,8 @@ def tune(
     model: Annotated[str | None, NAMED] = None,
     data: Annotated[str | None, DATA] = None,
     method: Annotated[
-        str | None, typer.Option(help="How to adapt; `graft methods` lists them. (default: lora)")
+        list[str] | None,
+        typer.Option(help="How to adapt; `graft methods` lists them. Several are trained together. (default: lora)"),
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="YAML with the names of these options.")] = None,
     save_recipe: Annotated[
@@ -30,7 +33,8 @@ def tune(
     What to learn follows from the columns of the data: text and label, prompt and completion, messages, text, input and
     target, or image and label. Options win over the recipe.
 
-    `graft tune --method NAME --help` shows the options of a method.
+    `graft tune --method NAME --help` shows the options of a method; those that several methods have in common get its
+    name: --method lora --method dora --lora.rank 4 --dora.rank 8. The first method is the innermost of the chain.
     """
     with working():
         from ..core.recipe import Recipe
@@ -38,37 +42,39 @@ def tune(
         from ..tuning import tune as train
 
         given = {} if recipe is None else read_recipe(recipe)
-        texts = {"model": model, "data": data, "method": method}
-        method = str(method or given.get("method") or "lora")
-        of_method, others = _settings(method)
-        known = {s.name: s for s in [*of_method, *others]}
-        if unknown := given.keys() - {*known, *texts}:
+        methods = method or _listed(given.get("method"))
+        texts = {"model": model, "data": data}
+        of_method, others = _settings(methods)
+        known = {s.name: s for s in [*chain.from_iterable(of_method.values()), *others]}
+        if unknown := given.keys() - {*known, *texts, "method"}:
             name = min(unknown)
-            raise GraftError(f"{recipe}: there is no setting {name!r}: {nearest(name, {*known, *texts})}")
+            raise GraftError(f"{recipe}: there is no setting {name!r}: {nearest(name, {*known, *texts, 'method'})}")
         texts |= {s.name: s.given(options) for s in known.values()}
         given |= {name: text for name, text in texts.items() if text is not None}
         if missing := [name for name in ("model", "data", "output") if name not in given]:
             raise GraftError(f"{missing[0]} is missing: graft tune MODEL --data FILE --output FOLDER")
         values = {name: s.read(given[name]) for name, s in known.items() if name in given}
-        hyper = {s.hyper.name: values.pop(s.name) for s in of_method if s.name in values}
-        chosen = Recipe.of(method, **hyper)
+        chosen = [
+            Recipe.of(name, **{s.hyper.name: values.pop(s.name) for s in own if s.name in values})
+            for name, own in of_method.items()
+        ]
         source, data = given["model"], given["data"]
-        complete = {"model": source, "data": data, "method": method}
-        complete |= {s.name: chosen.hyper[s.hyper.name] for s in of_method}
+        complete = {"model": source, "data": data, "method": methods[0] if len(methods) == 1 else methods}
+        complete |= {s.name: r.hyper[s.hyper.name] for r, own in zip(chosen, of_method.values()) for s in own}
         complete |= {s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")}
         if save_recipe:
             write_recipe(save_recipe, complete)
         done = train(source, data, method=chosen, **values)
         write_recipe(f"{values['output']}/recipe.yaml", complete)
-    result, adapter = done.result, done.adapter
-    trained = sum(p.numel() for p in adapter.parameters())
+    result, adapters = done.result, done.adapters.values()
+    trained = sum(p.numel() for adapter in adapters for p in adapter.parameters())
     base = sum(p.numel() for p in done.base.model.parameters()) - trained
     facts = {
         "model": source,
-        "method": method,
-        "objective": adapter.task["objective"],
-        "sites": len(adapter.deltas) - len(adapter.heads),
-        "heads": [path for path, _ in adapter.heads],
+        "method": complete["method"],
+        "objective": done.adapter.task["objective"],
+        "sites": sum(len(adapter.deltas) - len(adapter.heads) for adapter in adapters),
+        "heads": [path for adapter in adapters for path, _ in adapter.heads],
         "trained parameters": trained,
         "base parameters": base,
         "steps": result.steps,
@@ -86,25 +92,28 @@ def tune(
 
 def options(args: Sequence[str]) -> list[inspect.Parameter]:
     """All settings of a run, those of the method that `args` name among them."""
-    method = _value(args, "--method")
-    recipe = _value(args, "--recipe")
-    if method is None and recipe is not None:
-        method = read_recipe(recipe).get("method")
-    of_method, others = _settings(method or "lora")
-    return parameters([*of_method, *others])
+    methods, recipes = _values(args, "--method"), _values(args, "--recipe")
+    if not methods:
+        methods = _listed(read_recipe(recipes[-1]).get("method") if recipes else None)
+    of_method, others = _settings(methods)
+    return parameters([*chain.from_iterable(of_method.values()), *others])
 
 
-def _value(args: Sequence[str], option: str) -> str | None:
-    for arg, after in zip(args, [*args[1:], None]):
-        if arg == option:
-            return after
-        if arg.startswith(f"{option}="):
-            return arg.partition("=")[2]
-    return None
+def _values(args: Sequence[str], option: str) -> list[str]:
+    """What `args` say after each occurrence of the option."""
+    pairs = zip(args, [*args[1:], ""])
+    found = [after if arg == option else arg.partition("=")[2] for arg, after in pairs if arg.split("=")[0] == option]
+    return [value for value in found if value]
 
 
-def _settings(method: str) -> tuple[list[Setting], list[Setting]]:
-    """The settings of the method, and all others."""
+def _listed(method: Any) -> list[str]:
+    """The methods that a recipe names."""
+    return [str(m) for m in method] if isinstance(method, list) and method else [str(method or "lora")]
+
+
+def _settings(methods: Sequence[str]) -> tuple[dict[str, list[Setting]], list[Setting]]:
+    """The settings of each method, and all others."""
+    from ..core.hyper import hyperparameters
     from ..core.recipe import method as called
     from ..training import fit
     from ..tuning import tune as train
@@ -112,4 +121,9 @@ def _settings(method: str) -> tuple[list[Setting], list[Setting]]:
     others = settings(train, "Model and adapter", ["method"])
     others += settings(fit, "Training", [*(s.name for s in others), "progress"])
     taken = {*(s.name for s in others), *inspect.signature(tune).parameters}
-    return method_settings(called(method), taken), others
+    if twice := next((m for m in methods if methods.count(m) > 1), None):
+        raise GraftError(f"the method {twice} is named twice: graft.tune in Python takes a list [graft.LoRA(), ...]")
+    classes = [called(m) for m in methods]
+    names = Counter(name for cls in classes for name in hyperparameters(cls))
+    taken |= {name for name, count in names.items() if count > 1}
+    return {cls.name: method_settings(cls, taken) for cls in classes}, others

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import files
 from ..core.adapter import Adapter, adapters, registry, unwrapped
-from ..core.delta import Delta, base_modules
+from ..core.delta import Delta, base_modules, is_finite
 from ..core.errors import GraftError
 from ..core.hyper import check, keywords
 from ..core.recipe import ByPath, Recipe
@@ -108,6 +108,8 @@ def combine(
         adapter = files.build(model, _copy(first), name)
         return attached(adapter, dict.fromkeys(adapter.deltas, Loss()), weights)
     for label, adapter in taken.items():
+        if not is_finite(adapter.state_dict().values()):
+            raise GraftError(f"adapter {label!r} holds NaN or infinity: nothing was combined")
         if bad := next((d for d in adapter.deltas.values() if not d.mergeable()), None):
             raise GraftError(
                 f"adapter {label!r} cannot be combined: {bad.name} is no change of weights that could be added; "
@@ -274,13 +276,14 @@ def _taken(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[st
 
 def _arithmetic(method: str, options: dict[str, Any]) -> Callable[[list[Tensor]], Tensor] | None:
     """What a method does with the changes of a tensor, or None if it adds them."""
-    if method not in (known := ["sum", "cat", *entrywise.names()]):
-        raise GraftError(f"method is {' or '.join(known)}, not {method!r}")
+    if method not in (methods := ["sum", "cat", *entrywise.names()]):
+        raise GraftError(f"method is {' or '.join(methods)}, not {method!r}")
     function = None if method in ("sum", "cat") else entrywise.find(method)
     known = {} if function is None else keywords(function)
     for key, value in options.items():
         if key not in known:
-            raise GraftError(f"{method} has no option {key!r}{f'; it has {chr(44).join(known)}' if known else ''}")
+            hint = f"; it has {', '.join(known)}" if known else ""
+            raise GraftError(f"{method} has no option {key!r}{hint}")
         if not known[key].accepts(value):
             raise GraftError(f"{method}: {key} must be {known[key].allowed()}, not {value!r}")
     if missing := [key for key, one in known.items() if one.required and key not in options]:

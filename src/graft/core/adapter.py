@@ -17,6 +17,7 @@ from .recipe import ByPath, Recipe
 from .site import Site, site_for
 from .targets import resolve
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter
 _HOME = "_graft"  # where a model keeps its registry
 _SHARDED = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
@@ -87,8 +88,8 @@ class Registry:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.adapters: dict[str, Adapter] = {}
-        self.active: tuple[str, ...] = ()
+        self.adapters: dict[str, Adapter] = {}  # innermost first
+        self.active: tuple[str, ...] = ()  # those that run, in the same order
         self.merged: Any = None  # the Merge in place, if there is one
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
         for p in self.trainable:
@@ -127,11 +128,16 @@ class Registry:
             )
 
     def activate(self, names: Iterable[str]) -> None:
-        """Run exactly the adapters `names`, the first one innermost."""
+        """Run exactly `names`, the first one innermost; they change places with each other in the chain."""
         self.check_unmerged()
         names = tuple(names)
         if unknown := [n for n in names if n not in self.adapters]:
             raise GraftError(f"no adapter is called {unknown[0]!r}; the model has {', '.join(self.adapters) or 'none'}")
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise GraftError(f"adapter {twice!r} is named twice: it runs once in a chain")
+        placed = iter(names)
+        order = [next(placed) if n in names else n for n in self.adapters]
+        self.adapters = {n: self.adapters[n] for n in order}
         changed = {*names, *self.active} if names != self.active else set()
         self.active = names
         hosts = {id(d.site.module): d.site.module for n in changed for d in self.adapters[n].deltas.values()}
@@ -150,7 +156,10 @@ def adapters(model: nn.Module) -> dict[str, "Adapter"]:
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Run exactly the adapters `names`, in this order from the inside; none at all gives the base."""
+    """Run exactly the adapters `names`, in this order from the inside; none at all gives the base.
+
+    The order stays: from then on it is theirs in the chain, in which they are listed, switched on again and saved.
+    """
     found = registry(model)
     if found is None:
         raise GraftError(f"{type(model).__name__} carries no adapter")
@@ -210,7 +219,7 @@ class Adapter:
     def __init__(
         self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None, saved=None
     ):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        if not NAME.fullmatch(name):
             raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
         if isinstance(model, torch.jit.ScriptModule):
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
@@ -380,7 +389,7 @@ class Adapter:
         return found is not None and self.name in found.active
 
     def enable(self) -> None:
-        """Run with the model again, at the place in the chain where it was attached."""
+        """Run with the model again, at its place in the chain: where it was attached, or `activate` put it."""
         found = registry(self.model)
         if found is None or not self.attached:
             raise GraftError(f"adapter {self.name!r} is not on the model")
@@ -455,10 +464,10 @@ class Adapter:
     # Files
 
     def save(self, folder, **options) -> None:
-        """Write the adapter as a folder; see files.save."""
-        from .files import save
+        """Write the adapter as a folder; see files.save_adapter. `graft.save` writes several as one."""
+        from .files import save_adapter
 
-        save(self, folder, **options)
+        save_adapter(self, folder, **options)
 
     def __repr__(self):
         count = sum(p.numel() for p in self.parameters())

@@ -1,40 +1,53 @@
-"""An adapter as a folder: adapter_model.safetensors, adapter_config.json and a model card, README.md.
+"""Adapters as folders: adapter_model.safetensors, adapter_config.json and a model card, README.md.
 
+Several adapters are one folder with a folder for each of them, and adapters.json, which holds the order of their chain.
+The formats of other libraries are in formats/.
 Nothing is ever unpickled, nothing is half-written, and a file that cannot be loaded leaves the model as it was.
 """
 
+import functools
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import warnings
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from . import peft
-from .adapter import Adapter, adapters, registry, unwrapped
-from .card import HUB_ID, card, class_name
+from .adapter import NAME, Adapter, activate, adapters, registry, unwrapped
+from .card import card, chain_card, class_name
 from .delta import Delta, base_modules, is_finite
 from .errors import GraftError
 from .fingerprint import fingerprint
+from .folder import (
+    CARD,
+    CHAIN,
+    CONFIG,
+    TENSORS,
+    json_bytes,
+    locate,
+    own_file,
+    read_json,
+    read_tensors,
+    tensor_bytes,
+    write,
+    write_file,
+)
+from .formats import FORMATS, Fingerprints, Format, Saved, file_names
+from .formats import load as load_formats
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe, method
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1  # raised when the layout of the folder changes
-FORMATS = ("graft", "peft")
-MOST_CONFIG = 2**26  # bytes
 
 
-def save(
+def save_adapter(
     adapter: Adapter,
     folder: str | os.PathLike,
     *,
@@ -42,15 +55,225 @@ def save(
     base_model: str | None = None,
     format: str = "graft",
 ) -> None:
-    """Write `adapter` as a folder.
+    """Write `adapter` as a folder, or as one file where the format is one.
 
-    overwrite   replace an adapter that is there already (never a folder which holds anything else)
+    overwrite   replace what is there already, one adapter or several (never a folder which holds anything else)
     base_model  the base's id on the Hugging Face hub or its folder; left out, what its configuration says
-    format      "graft", or "peft" for Hugging Face PEFT, wherever PEFT has the method
+    format      "graft", or that of another library wherever it has the method: "peft" (Hugging Face PEFT), "vllm" (a
+                LoRA that vLLM serves), "adapters" (the library of AdapterHub), "lycoris" or "kohya" (one .safetensors
+                file)
 
-    The folder is written beside its place and renamed: it is complete, or it is not there. GraftError if the place is
-    taken, if a tensor holds NaN or infinity, or if PEFT has no such method.
+    What is written is written beside its place and renamed: it is complete, or it is not there. GraftError if the
+    place is taken, if a tensor holds NaN or infinity, or if the other library computes nothing of the kind.
     """
+    place = Path(folder)
+    files = _contents(adapter, place.resolve().name, base_model, format, _fingerprints(adapter.model))
+    if FORMATS[format].single:
+        write_file(place, files[""], overwrite)
+    else:
+        write(place, files, overwrite, file_names())
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    names: Iterable[str] | None = None,
+    *,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    format: str = "graft",
+) -> None:
+    """Write the adapters on `model` as one folder: their order in the chain and which of them run come back with them.
+
+    names  of the adapters to save; all of them if left out
+
+    Each adapter is a folder inside, named like it, which can be loaded alone, in the `format` "peft" also by PEFT.
+    The other arguments are those of `Adapter.save`; the whole is written beside its place and renamed. GraftError, and
+    nothing is written, if one of the adapters cannot be saved.
+    """
+    place, found = Path(folder), registry(model)
+    if found is None:
+        raise GraftError(f"{class_name(model)} carries no adapter")
+    wanted = list(found.adapters) if names is None else [names] if isinstance(names, str) else list(names)
+    if unknown := [n for n in wanted if n not in found.adapters]:
+        raise GraftError(f"no adapter is called {unknown[0]!r}; the model has {', '.join(found.adapters)}")
+    if not wanted:
+        raise GraftError(f"names is empty: the model has {', '.join(found.adapters)}")
+    chosen = {name: adapter for name, adapter in found.adapters.items() if name in wanted}
+    title, prints = place.resolve().name, _fingerprints(found.model)
+    files, entries = {}, []
+    for name, adapter in chosen.items():
+        own = _contents(adapter, f"{title}/{name}", base_model, format, prints)
+        if FORMATS[format].single:
+            raise GraftError(f"a file of the format {format!r} holds one adapter: save each with Adapter.save")
+        files |= {f"{name}/{file}": content for file, content in own.items()}
+        sums = {file: zlib.crc32(content) for file, content in own.items() if file != CARD}
+        entries.append({"name": name, "active": name in found.active, "crc32": sums})
+    chain = {"format": "graft", "format_version": FORMAT, "library_version": __version__, "adapters": entries}
+    files[CHAIN] = json_bytes(chain | {"checksum": _checksum(chain)})
+    files[CARD] = chain_card(chosen, found.active, _base(found.model, base_model), FORMATS[format], title).encode()
+    write(place, files, overwrite, file_names())
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    name: str | Mapping[str, str] | None = None,
+    trainable: bool = False,
+    allow_other_base: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Put what was saved on `model`: a local folder or file or an id on the Hugging Face hub, in any format.
+
+    name              of the adapter on the model, or {saved name: name} of several; by default as they were saved
+    trainable         go on training; frozen if left out
+    allow_other_base  load onto weights it was not trained on, too; shapes must fit in any case
+    revision          of a repository on the hub
+
+    Returns the `Adapter`; for a folder of several adapters {name: Adapter}, innermost first. These come outside of
+    those that are on the model, in the order and as active as they were saved.
+
+    GraftError, and the model as it was, for whatever is not sound or not for this base.
+    """
+    model = unwrapped(model)
+    if found := registry(model):
+        found.check_unmerged()
+    stored, prints, made = parts(folder, revision), _fingerprints(model), {}
+    names = _names(name, stored, adapters(model))
+    for part, chosen in zip(stored, names):
+        try:
+            saved = _read(model, part, None if allow_other_base else prints)
+            adapter = build(model, saved, chosen or saved.name)
+        except GraftError as error:
+            if not part.name:
+                raise
+            raise GraftError(f"adapter {part.name!r} of {part.root}: {error}") from error
+        if not trainable:
+            adapter.requires_grad_(False)
+        made[adapter.name] = adapter
+    _attach(model, made.values(), [own for own, part in zip(made, stored) if part.active])
+    return made if stored[0].name else next(iter(made.values()))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A saved adapter: a file, a folder's only one, without a name, or one of several in the order of their chain."""
+
+    root: Path
+    name: str = ""  # and the folder inside `root`
+    active: bool = True
+    crc32: Mapping[str, int] = field(default_factory=dict)  # of its files
+
+    def config(self) -> dict[str, Any]:
+        """Its configuration as it stands, {} of a single file: nothing of it is checked."""
+        return {} if self.root.is_file() else read_json(self.path(CONFIG), self.crc32.get(CONFIG))
+
+    def form(self) -> type[Format]:
+        """The format it is in."""
+        load_formats()
+        config = None if self.root.is_file() else self.config()
+        for form in FORMATS.values():
+            if form.recognises(config):
+                return form
+        signs = ", ".join(f"{form.name} has {form.sign}" for form in FORMATS.values() if form.sign)
+        raise GraftError(f"{self.root / self.name / CONFIG} is of no format that is known here: {signs}")
+
+    def path(self, name: str) -> Path:
+        """A file of its folder."""
+        return own_file(self.root, str(Path(self.name, name)))
+
+    def file(self) -> Path:
+        """The file of its tensors."""
+        return self.root if self.root.is_file() else self.path(next(n for n in self.form().files if n != CONFIG))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Tensors and JSON objects by file."""
+        if self.root.is_file():
+            return {"": read_tensors(self.root)}
+        config, form = self.config(), self.form()
+        read: dict[str, dict[str, Any]] = {CONFIG: config}
+        there = [name for name in form.optional if (self.root / self.name / name).exists()]
+        for name in (n for n in (*form.files, *there) if n != CONFIG):
+            file, known = self.path(name), self.crc32.get(name)
+            if name.endswith(".json"):
+                read[name] = read_json(file, known)
+            else:
+                read[name] = read_tensors(file, known, config.get("tensors_crc32") if name == TENSORS else None)
+        return read
+
+
+def parts(folder: str | os.PathLike, revision: str | None = None) -> list[Part]:
+    """The adapters in a folder or in a repository on the hub, innermost first."""
+    place = locate(folder, revision, lambda place: [part.name for part in _chain(place)], file_names())
+    return _chain(place) if (place / CHAIN).exists() else [Part(place)]
+
+
+def _chain(place: Path) -> list[Part]:
+    chain = read_json(own_file(place, CHAIN))
+    if chain.get("format") != "graft":
+        raise GraftError(f'{place / CHAIN} is not graft\'s: it lacks "format": "graft"')
+    _check_format(chain, CHAIN)
+    entries = chain.get("adapters")
+    if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)):
+        raise GraftError(f"{CHAIN}: adapters must be a list of objects with name, active and crc32, not {entries!r}")
+    if len({entry["name"] for entry in entries}) < len(entries):
+        raise GraftError(f"{CHAIN}: adapters names one of them twice")
+    return [Part(place, entry["name"], entry["active"], entry["crc32"]) for entry in entries]
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and NAME.fullmatch(entry["name"]) is not None
+        and isinstance(entry.get("active"), bool)
+        and isinstance(entry.get("crc32"), dict)
+    )
+
+
+class _Graft(Format, name="graft"):
+    """Our own folder."""
+
+    library = "graft"
+    sign = '"format": "graft"'
+
+    @classmethod
+    def recognises(cls, config):
+        return config is not None and config.get("format") == "graft"
+
+    def read(self, model, parts):
+        saved = _from_graft(parts[CONFIG], parts[TENSORS])
+        if self.prints is not None:
+            _check_base(model, parts[CONFIG], self.prints)
+        return saved
+
+    def write(self, adapter, base):
+        tensors = tensor_bytes(adapter.state_dict())
+        config = _config(adapter, base, self.prints or _fingerprints(adapter.model)) | {
+            "tensors_crc32": zlib.crc32(tensors)
+        }
+        return {TENSORS: tensors, CONFIG: json_bytes(config | {"checksum": _checksum(config)})}
+
+    @classmethod
+    def facts(cls, config, keys):
+        return {
+            "method": config.get("method"),
+            "base": config.get("base_model"),
+            "base_fingerprint": config.get("base_fingerprint"),
+            "sites": len(config.get("modules", ())) or None,
+            "heads": config.get("heads") or [],
+        }
+
+
+# Writing
+
+
+def _contents(
+    adapter: Adapter, title: str, base_model: str | None, format: str, prints: Fingerprints
+) -> dict[str, bytes]:
+    """The files of one adapter."""
+    load_formats()
     if format not in FORMATS:
         raise GraftError(f"the format is {' or '.join(map(repr, FORMATS))}, not {format!r}")
     if found := registry(adapter.model):
@@ -58,89 +281,28 @@ def save(
     state = adapter.state_dict()
     if not is_finite(state.values()):
         broken = next(key for key, value in state.items() if not is_finite([value]))
-        raise GraftError(f"{broken} holds NaN or infinity: nothing was saved")
-    base = base_model or getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None
-    if format == "peft":
-        config, state = peft.write(adapter)
-        config["base_model_name_or_path"] = base
-        tensors = _bytes(state)
-    else:
-        tensors = _bytes(state)
-        config = _config(adapter, base) | {"tensors_crc32": zlib.crc32(tensors)}
-        config["checksum"] = _checksum(config)
-    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(
-        Path(folder),
-        {
-            TENSORS: tensors,
-            CONFIG: text.encode(),
-            CARD: card(adapter, base, format, Path(folder).resolve().name).encode(),
-        },
-        overwrite,
-    )
+        raise GraftError(f"{broken} of adapter {adapter.name!r} holds NaN or infinity: nothing was saved")
+    form, base = FORMATS[format], _base(adapter.model, base_model)
+    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(adapter, base)
 
 
-def load(
-    model: nn.Module,
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    trainable: bool = False,
-    allow_other_base: bool = False,
-    revision: str | None = None,
-) -> Adapter:
-    """Put a saved adapter on `model`: a local folder or an id on the Hugging Face hub, in our format or in PEFT's.
-
-    name              of the adapter on the model; the one it was saved under if left out
-    trainable         go on training it; frozen if left out
-    allow_other_base  load onto weights it was not trained on, too; shapes must fit in any case
-    revision          of a repository on the hub
-
-    GraftError, and the model as it was, for whatever is not a sound adapter for this base.
-    """
-    model = unwrapped(model)
-    if found := registry(model):
-        found.check_unmerged()
-    place = _locate(folder, revision)
-    config = read_config(place)
-    tensors = _read_tensors(place, config.get("tensors_crc32"))
-    if "peft_type" in config:
-        recipe, modules, heads, state = peft.read(model, config, tensors)
-        saved = Saved(recipe, modules, heads, state, targets=config.get("target_modules"))
-    else:
-        saved = _from_graft(config, tensors)
-        if not allow_other_base:
-            _check_base(model, config)
-    adapter = build(model, saved, name or saved.name)
-    if not trainable:
-        adapter.requires_grad_(False)
-    adapter.attach()
-    return adapter
+def _base(model: nn.Module, given: str | None) -> str | None:
+    return given or getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-@dataclass
-class Saved:
-    """What a folder holds, in either format."""
-
-    recipe: Recipe
-    modules: list[str]
-    heads: list[str]
-    tensors: dict[str, Tensor]  # as in Adapter.state_dict
-    targets: Any = None  # as the user gave them
-    name: str = "default"
-    seed: int = 0
-    dtype: torch.dtype | None = None
-    task: dict[str, Any] = field(default_factory=dict)
+def _fingerprints(model: nn.Module) -> Fingerprints:
+    return functools.cache(functools.partial(fingerprint, model))
 
 
 # The configuration
 
 
-def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
+def _config(adapter: Adapter, base: str | None, prints: Fingerprints) -> dict[str, Any]:
     recipe, heads = adapter.recipe, [path for path, _ in adapter.heads]
-    others = adapters(adapter.model).values()
-    without = [p for a in (adapter, *others) if a.recipe.method.brings_rows for p in a.deltas if p not in heads]
-    without = sorted({*heads, *without})
+    # What another adapter brings along is no part of the base either: a base loaded anew draws it at random.
+    here = [adapter, *adapters(adapter.model).values()]
+    rows = {path for a in here if a.recipe.method.brings_rows for path in a.deltas}
+    without = tuple(sorted(rows | {path for a in here for path, _ in a.heads}))
     targets = adapter.targets
     return {
         "format": "graft",
@@ -157,8 +319,8 @@ def _config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         "dtype": str(dtype_of(adapter)).removeprefix("torch."),
         "base_model": base,
         "base_class": class_name(adapter.model),
-        "base_fingerprint": fingerprint(adapter.model, without),
-        "fingerprint_without": without,
+        "base_fingerprint": prints(without),
+        "fingerprint_without": list(without),
         "task": adapter.task,
     }
 
@@ -198,22 +360,13 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 
 def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     """Check a configuration in our format, entry by entry."""
-    if config.get("format") != "graft":
-        raise GraftError(f'{CONFIG} is neither graft\'s ("format": "graft") nor PEFT\'s ("peft_type": ...)')
-    version = config.get("format_version")
-    if isinstance(version, int) and version > FORMAT:
-        raise GraftError(f"{CONFIG} has format {version}, here {FORMAT} is the latest: upgrade graft{_writer(config)}")
+    _check_format(config, CONFIG)
     for name, kinds in _FIELDS.items():
         if name not in config:
             raise GraftError(f"{CONFIG} lacks the entry {name}")
         if not isinstance(config[name], kinds) or isinstance(config[name], bool):
             wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise GraftError(f"{CONFIG}: {name} must be a {wanted}, not {config[name]!r}")
-    if config.get("checksum", expected := _checksum(config)) != expected:
-        raise GraftError(
-            f"{CONFIG} was damaged or edited after it was saved: its checksum does not fit (to load it as edited, "
-            f"take its entry checksum out)"
-        )
     modules, heads = config["modules"], config["heads"]
     paths = [*modules, *heads]
     if not all(isinstance(path, str) for path in (*paths, *config["fingerprint_without"])) or len(set(paths)) < len(
@@ -237,6 +390,18 @@ def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         _DTYPES[config["dtype"]],
         config.get("task", {}),
     )
+
+
+def _check_format(config: dict[str, Any], file: str) -> None:
+    """Refuse what a later version wrote, and what is not as it was written."""
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT:
+        raise GraftError(f"{file} has format {version}, here {FORMAT} is the latest: upgrade graft{_writer(config)}")
+    if config.get("checksum", expected := _checksum(config)) != expected:
+        raise GraftError(
+            f"{file} was damaged or edited after it was saved: its checksum does not fit (to load it as edited, "
+            f"take its entry checksum out)"
+        )
 
 
 def _writer(config: dict[str, Any]) -> str:
@@ -273,20 +438,20 @@ def _value(cls: type[Delta], name: str, value: Any, modules: list[str]) -> Any:
     return tuple(value) if isinstance(value, list) and known and tuple in known.kinds else value
 
 
-def _check_base(model: nn.Module, config: dict[str, Any]) -> None:
-    here = fingerprint(model, config["fingerprint_without"])
+def _check_base(model: nn.Module, config: dict[str, Any], prints: Fingerprints) -> None:
+    here = prints(tuple(config["fingerprint_without"]))
     there = config["base_fingerprint"]
     if here is None or there is None:
         warnings.warn(
             f"whether this is the base which the adapter was trained on is not known: the weights of "
             f"{'this model' if here is None else 'the one it was trained on'} could not be read",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif here.partition("-")[0] != there.partition("-")[0]:
         warnings.warn(
             f"whether this is the base which the adapter was trained on is not known: its fingerprint is of another "
             f"kind{_writer(config)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif here != there:
         trained = f"{config['base_model'] or 'a base'} ({config['base_class']})"
@@ -297,6 +462,48 @@ def _check_base(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 # Building
+
+
+def _names(name: str | Mapping[str, str] | None, stored: list[Part], taken: Iterable[str]) -> list[str | None]:
+    """What the adapters in a folder are to be called, where it is known before they are read."""
+    held = [part.name for part in stored]
+    if held == [""]:
+        if isinstance(name, Mapping):
+            raise GraftError(f"{stored[0].root} holds one adapter: its name is a text, not {name!r}")
+        return [name]
+    if isinstance(name, str):
+        raise GraftError(f"the folder holds several adapters: name each of them, name={{{held[0]!r}: {name!r}, ...}}")
+    table = dict(name or {})
+    if unknown := [n for n in table if n not in held]:
+        raise GraftError(f"no adapter in the folder is called {unknown[0]!r}; it holds {', '.join(held)}")
+    names = [table.get(n, n) for n in held]
+    for i, own in enumerate(names):
+        if own in taken or own in names[:i]:
+            raise GraftError(
+                f"the model has an adapter called {own!r} already: detach it, or rename this one with "
+                f"name={{{held[i]!r}: another name}}"
+            )
+    return [*names]
+
+
+def _read(model: nn.Module, part: Part, prints: Fingerprints | None) -> Saved:
+    """What a folder or file holds; without `prints` for any base."""
+    return part.form()(prints).read(model, part.read())
+
+
+def _attach(model: nn.Module, made: Iterable[Adapter], running: list[str]) -> None:
+    """Put the adapters on the model, outside those there, and run `running` of them beside those that run; or none."""
+    found = registry(model)
+    before, done = found.active if found else (), []
+    try:
+        for adapter in made:
+            adapter.attach()
+            done.append(adapter)
+        activate(model, *before, *running)
+    except BaseException:
+        for adapter in reversed(done):
+            adapter.detach()
+        raise
 
 
 def build(model: nn.Module, saved: Saved, name: str) -> Adapter:
@@ -323,140 +530,3 @@ def build(model: nn.Module, saved: Saved, name: str) -> Adapter:
     adapter.load_state_dict(saved.tensors)
     adapter.targets, adapter.task = saved.targets, saved.task
     return adapter
-
-
-# Reading
-
-
-def _locate(folder: str | os.PathLike, revision: str | None) -> Path:
-    """The folder of an adapter; an id of the hub is fetched, if no local folder is called so."""
-    place = Path(folder)
-    if place.is_dir():
-        return place
-    if place.exists():
-        raise GraftError(f"{place} is a file: an adapter is a folder with {CONFIG} and {TENSORS}")
-    if not HUB_ID.fullmatch(str(folder)):
-        raise GraftError(f"there is no folder {str(place)!r}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise GraftError(f"there is no folder {str(place)!r}; to look on the hub, install huggingface-hub") from None
-    try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG, TENSORS]))
-    except Exception as error:  # of several libraries: no network, no such repository, no access, no such revision
-        raise GraftError(
-            f"there is no folder {str(place)!r}, and the Hugging Face hub did not give an adapter of that name: "
-            f"{(str(error) or type(error).__name__).strip().splitlines()[0]}"
-        ) from error
-
-
-def _file(place: Path, name: str) -> Path:
-    """A file of the folder itself: no link leads out of it, save the hub cache's to its own store."""
-    file, root = place / name, place.resolve()
-    if not file.exists():
-        pickled = [f for f in ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin") if (place / f).exists()]
-        hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
-        raise GraftError(f"{place} holds no {name}{hint}")
-    real = file.resolve()
-    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
-    if not real.is_file() or not (real.is_relative_to(root) or in_cache):
-        raise GraftError(f"{file} is no file of that folder: it leads to {real}")
-    return real
-
-
-def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of a saved adapter, in our format or PEFT's, as it stands: nothing of it is checked."""
-    file = _file(_locate(folder, revision), CONFIG)
-
-    def refuse(word: str):
-        raise ValueError(f"{word} is no number")
-
-    if file.stat().st_size > MOST_CONFIG:
-        raise GraftError(f"{file} has {file.stat().st_size:,} bytes: no configuration is so large")
-    try:
-        config = json.loads(file.read_text("utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraftError(f"{file} is no valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise GraftError(f"{file} must hold an object, not a {type(config).__name__}")
-    return config
-
-
-def tensors_file(folder: str | os.PathLike, revision: str | None = None) -> Path:
-    """The safetensors file of a saved adapter."""
-    return _file(_locate(folder, revision), TENSORS)
-
-
-def _read_tensors(place: Path, crc32: Any) -> dict[str, Tensor]:
-    file = _file(place, TENSORS)
-    try:
-        content = file.read_bytes()
-        if crc32 is not None and zlib.crc32(content) != crc32:
-            raise GraftError(f"{file} was damaged or changed after it was saved: its checksum does not fit")
-        tensors = safetensors.torch.load(content)
-        finite = is_finite(tensors.values())
-    except GraftError:
-        raise
-    except Exception as error:  # the library's own and what torch says to types and sizes it does not know
-        raise GraftError(f"{file} is no sound safetensors file: {error}") from error
-    if not finite:
-        broken = next(key for key, value in tensors.items() if not is_finite([value]))
-        raise GraftError(f"{file}: {broken} holds NaN or infinity")
-    return tensors
-
-
-# Writing
-
-
-def _bytes(state: dict[str, Tensor]) -> bytes:
-    plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-    return safetensors.torch.save(plain, {"format": "pt"})
-
-
-def _write(folder: Path, files: dict[str, bytes], overwrite: bool) -> None:
-    """Write the files as one folder: beside its place, flushed to the disk, then renamed."""
-    folder = folder.resolve()
-    inside = set()
-    if folder.exists():
-        if not folder.is_dir():
-            raise GraftError(f"{folder} is a file: choose another place for the adapter")
-        inside = set(os.listdir(folder))
-        strange = {i for i in inside if i not in files or not (folder / i).is_file()} if CONFIG in inside else inside
-        if strange:
-            raise GraftError(f"{folder} holds {min(strange)}, which is no part of an adapter: choose another folder")
-        if inside and not overwrite:
-            raise GraftError(f"{folder} holds an adapter already: pass overwrite=True to replace it")
-    mark = secrets.token_hex(4)
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{end}") for end in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
-        for name, content in files.items():
-            with open(new / name, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        _flush(new)
-        if inside:
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except BaseException:
-            if inside:
-                os.rename(old, folder)
-            raise
-        _flush(folder.parent)
-    except OSError as error:
-        raise GraftError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Make the names in a folder durable, where the system has that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

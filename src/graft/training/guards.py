@@ -1,12 +1,14 @@
 """What is checked before a run, and what a run must not leave behind or die of without a word."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from .messages import nearest
 from .objectives import Objective
@@ -52,6 +54,28 @@ def check_trackers(names: Sequence[Any]) -> None:
             raise GraftError(f"no tracker is called {name!r}: {nearest(name, known)}")
         if isinstance(name, str) and name not in present:
             raise GraftError(f"the tracker {name} is not installed: pip install {name}")
+
+
+def check_reached(trained: Iterable[Adapter]) -> None:
+    """After a backward pass: warn of deltas that got no gradient, refuse an adapter of which no delta got one."""
+    for adapter in trained:
+        heads = dict(adapter.heads)
+        missed, count = [], 0
+        for path, delta in adapter.deltas.items():
+            got = [p.grad is not None for p in delta.parameters() if p.requires_grad]
+            count += bool(got)
+            # A head may have parts that the model does not use.
+            if got and not (any(got) if path in heads else all(got)):
+                missed.append(path)
+        if missed:
+            message = (
+                f"in the first step no gradient reached {len(missed)} of the {count} trained deltas of adapter "
+                f"{adapter.name!r}, among them that at {missed[0] or 'the model'}: its module did not run, or its "
+                f"weight is read past its forward. graft.verify(model, batch, train=True) tells which"
+            )
+            if len(missed) == count:
+                raise GraftError(message)
+            warnings.warn(message, stacklevel=3)
 
 
 @contextmanager

@@ -18,7 +18,16 @@ from . import checkpoints, optimizers, resumption
 from .batches import Plan
 from .data import held_out, read
 from .evaluation import choose, half, length, measure, processor_of
-from .guards import check_packing, check_settings, check_trackers, not_finite, recomputing, training_mode, within_memory
+from .guards import (
+    check_packing,
+    check_reached,
+    check_settings,
+    check_trackers,
+    not_finite,
+    recomputing,
+    training_mode,
+    within_memory,
+)
 from .messages import nearest
 from .objectives import name_classes
 from .report import PeakMemory, Report
@@ -85,6 +94,8 @@ def fit(
 ) -> Result:
     """Train every parameter of `model` that requires a gradient: its adapters and new heads.
 
+    Of several adapters those are trained together which run and are not frozen, each with its schedule and its penalty;
+    one that is frozen (`adapter.requires_grad_(False)`) or switched off keeps its bits.
     The model is trained in place, on the devices that `accelerate` finds (start with `accelerate launch` for several).
     With validation data it carries the best parameters seen at the end, otherwise the last ones.
 
@@ -130,9 +141,13 @@ def fit(
     from accelerate import Accelerator
     from accelerate.utils import gather_object, set_seed
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    idle = resumption.idle(model)
+    trainable = [p for p in model.parameters() if p.requires_grad and p not in idle]
     if not trainable:
-        raise GraftError("the model has nothing to train: attach an adapter first, or let parameters require gradients")
+        raise GraftError(
+            "the model has nothing to train: attach an adapter first, let parameters require gradients"
+            + (", or switch an adapter on" if idle else "")
+        )
     run = None if output is None else Path(output)
     if trackers and run is None:
         raise GraftError("trackers write into the folder of the run: pass output=")
@@ -179,9 +194,11 @@ def fit(
         signed = scores[deciding] if task.metrics[deciding] else -scores[deciding], -scores["loss"]
         return tuple(-math.inf if math.isnan(v) else v for v in signed)
 
-    wrapped, tuner = accelerator.prepare(model, tuner)
     report = None
     try:
+        for p in idle:
+            p.requires_grad_(False)
+        wrapped, tuner = accelerator.prepare(model, tuner)
         if packing:
             check_packing(model, task, features, device, bf16)
         if trackers:
@@ -215,12 +232,15 @@ def fit(
                             loss = task.loss(wrapped, batch)[0] / terms
                         if not loss.requires_grad:
                             raise GraftError(
-                                "the loss depends on nothing that is trained: is the adapter switched off?"
+                                "the loss depends on nothing that is trained: graft.verify(model, batch) tells what a "
+                                "forward reaches"
                             )
                         losses.append(loss.detach())
                         penalty = sum(p for a in trained if (p := a.penalty()) is not None) / len(micros)
                         # Processes average their gradients, and each has only its part of the sum.
                         accelerator.backward(loss * ranks + penalty)
+                if not seconds:
+                    check_reached(trained)
                 norm: Any = accelerator.clip_grad_norm_(trainable, math.inf if clip is None else clip)
                 loss, norm = float(total_of(torch.stack(losses).sum())), float(norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -267,6 +287,8 @@ def fit(
             labels=list(task.labels) if task.labels else None,
         )  # fmt: skip
     finally:
+        for p in idle:
+            p.requires_grad_(True)
         tuner.zero_grad(set_to_none=True)
         model.__dict__.pop("_is_accelerate_prepared", None)
         if report:

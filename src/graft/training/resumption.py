@@ -19,8 +19,14 @@ _INDIFFERENT = {"output", "resume", "progress", "save_every", "data", "validatio
 
 
 def trained_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters that have something to train."""
-    return {n: a for n, a in adapters(model).items() if any(p.requires_grad for p in a.parameters())}
+    """The adapters that run and have something to train."""
+    return {n: a for n, a in adapters(model).items() if a.active and any(p.requires_grad for p in a.parameters())}
+
+
+def idle(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of switched-off adapters that are not frozen: a run leaves them out."""
+    off = [a for a in adapters(model).values() if not a.active]
+    return {p for a in off for p in a.parameters() if p.requires_grad}
 
 
 def tensors(model: nn.Module) -> dict[str, Any]:
@@ -49,6 +55,7 @@ def identity(
     model: nn.Module, processes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What two runs must have in common to come to the same bits."""
+    chain = [f"{n}: {a.recipe}" for n, a in adapters(model).items() if a.active]
     shapes = [(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
     return {
         **{k: v for k, v in settings.items() if k not in _INDIFFERENT},
@@ -56,6 +63,7 @@ def identity(
         "optimizer_options": json.dumps(dict(options), sort_keys=True, default=repr),
         "data": _digest(data[0]),
         "validation": _digest(data[1]),
+        "chain of adapters": chain,
         "trainable parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
         "processes": processes,
     }

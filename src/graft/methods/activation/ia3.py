@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
-from ...core.peft import As, Peft
+from ...core.errors import GraftError
+from ...core.formats.lycoris import Lycoris
+from ...core.formats.peft import OWN, As, Peft
 from ...core.recipe import ByPath
 
 
@@ -31,6 +33,30 @@ class _IA3Peft(Peft):
 
         sides = {path: "input" if on_input(path) else "output" for path in sites}
         return super().read_config(method, config, sites, found) | {"on": ByPath(sides)}
+
+
+class _IA3Lycoris(Lycoris):
+    """LyCORIS keeps l - 1, and leaves the bias of the host as it is."""
+
+    def check(self, delta):
+        super().check(delta)
+        self.bias(delta.site, delta.on)
+        if delta.on == "input" and getattr(delta.site.module, "groups", 1) > 1:
+            raise GraftError(f"LyCORIS cannot scale the inputs of {delta.site.path}, a convolution in groups: {OWN}")
+
+    def write(self, delta):
+        l = delta.l - 1
+        shape = (1, -1, *[1] * (delta.site.module.weight.dim() - 2)) if delta.site.kind == "conv" else (-1,)
+        return {"weight": l.view(shape), "on_input": torch.tensor(int(delta.on == "input"))}
+
+    def read(self, site, found):
+        on = "input" if found["on_input"].item() else "output"
+        self.bias(site, on)
+        return {"on": on}, {"l": found["weight"].flatten() + 1}
+
+    def bias(self, site, on):
+        if on == "output" and site.bias is not None:
+            raise GraftError(f"LyCORIS's (IA)3 scales the output of {site.path} without its bias, (IA)3 with it: {OWN}")
 
 
 _ATTENTION = re.compile(r"(.*\.)?([qkvo]|qkv|query|key|value|out)(_proj)?")  # narrow with few key heads
@@ -60,6 +86,7 @@ class IA3(Delta, name="ia3"):
         own=frozenset({"on"}),
         hosts=("Linear", "Conv1D", "Conv2d", "Conv3d"),
     )
+    lycoris = _IA3Lycoris({"l": As("weight"), "on": As("on_input")})
     targets = (
         r"(k|v|key|value)(_proj)?|kv_proj|c_attn|(w|W)?qkv(_proj)?|query_key_value|"
         r"down_proj|dense_4h_to_h|fc2|fc_out|w2|wo|mlp\.c_proj|(?<!attention\.)output\.dense"

@@ -9,8 +9,8 @@ from torch import nn
 from ...core.attention import Attention
 from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
 from ...core.stacked import each_of, left_padded
 
 

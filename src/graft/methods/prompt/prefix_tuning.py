@@ -10,8 +10,8 @@ from torch import nn
 from ...core.attention import Attention
 from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import OWN, PromptPeft
 from ...core.hyper import Range
-from ...core.peft import OWN, PromptPeft
 from ...core.stacked import left_padded
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # rotations which depend on nothing but the position

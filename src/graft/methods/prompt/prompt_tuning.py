@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ...core.delta import Paper
+from ...core.formats.peft import PromptPeft
 from ...core.hyper import Range
-from ...core.peft import PromptPeft
 from ...core.prompt import Prompt
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
-from ...core.peft import As, Peft
+from ...core.errors import GraftError
+from ...core.formats.lycoris import OWN, Lycoris
+from ...core.formats.peft import As, Peft
 
 
 def _whole(name: str) -> As:
@@ -13,6 +15,13 @@ def _whole(name: str) -> As:
     add = lambda site, value: getattr(site.module, name).detach().to(value) + value
     take = lambda site, value: value - getattr(site.module, name).detach().to(value)
     return As(at, add, take, optional=name == "bias")
+
+
+class _NormLycoris(Lycoris):
+    def check(self, delta):
+        super().check(delta)
+        if delta.site.bias is None:
+            raise GraftError(f"LyCORIS needs norms with a bias, {delta.site.path} has none: {OWN}")
 
 
 class LNTuning(Delta, name="ln_tuning"):
@@ -32,6 +41,7 @@ class LNTuning(Delta, name="ln_tuning"):
     hosts = ("norm",)
     targets = "norms"
     neutral = {"c": 0.0, "d": 0.0}
+    lycoris = _NormLycoris({"c": As("w_norm"), "d": As("b_norm", optional=True)}, hosts=("LayerNorm", "GroupNorm"))
     peft = Peft("LN_TUNING", {"c": _whole("weight"), "d": _whole("bias")}, hosts=())
 
     def __init__(self, site):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
 from ...core.recipe import ByPath
 
 HAS_MKL = torch.backends.mkl.is_available()  # its sparse products

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper, base_modules
 from ...core.errors import GraftError
-from ...core.peft import OWN, As, Peft
+from ...core.formats.peft import OWN, As, Peft
 
 
 class _TokensPeft(Peft):

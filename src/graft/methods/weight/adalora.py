@@ -8,8 +8,8 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
-from ...core.peft import As, Peft, zero_padded
 
 _STEPS = 10**6  # as which PEFT gets the length of training: here phases are shares of it
 

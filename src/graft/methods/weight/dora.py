@@ -8,14 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.formats.peft import As
 from ...core.hyper import Range
-from ...core.peft import As
 from .lora import LoRA
 
 
 def _per_channel(site, m):
     """Along the channels of a convolution's output."""
     return m.view(1, -1, *[1] * (site.module.weight.dim() - 2)) if site.kind == "conv" else m
+
+
+def _of_rows(site, value):
+    """From LyCORIS's shape, which tells whether rows or columns are normalised."""
+    if value.shape[0] != site.d_out:
+        raise GraftError(f"dora_scale of {site.path} is for columns (wd_on_output=False), DoRA normalises rows")
+    return value.flatten()
 
 
 _M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
@@ -44,6 +52,12 @@ class DoRA(Delta, name="dora"):
         embedding={f"low.{name}": form for name, form in LoRA.peft.embedding.items()} | {"m": _M},
         config={field: name for field, name in LoRA.peft.config.items() if name != "bias"},
         fixed={"bias": "none", "use_dora": True, "lora_bias": False},
+    )
+    lycoris = replace(
+        LoRA.lycoris,
+        tensors={f"low.{name}": form for name, form in LoRA.lycoris.tensors.items()}
+        | {"m": As("dora_scale", lambda site, m: m.view(-1, *[1] * (site.module.weight.dim() - 1)), _of_rows)},
+        rank="low.A",
     )
 
     def __init__(

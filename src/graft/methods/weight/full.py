@@ -6,7 +6,27 @@ from typing import Any
 from torch.func import functional_call
 
 from ...core.delta import Delta, bare_copy
+from ...core.formats import As
+from ...core.formats.lycoris import Lycoris
 from ...core.site import QuantisedSite
+
+
+def _change(name: str) -> tuple:
+    """As the change of a parameter of the host, and back."""
+
+    def own(site, value):
+        return getattr(site.module, name).detach().to(value)
+
+    return (lambda site, value: value - own(site, value)), (lambda site, value: value + own(site, value))
+
+
+class _FullLycoris(Lycoris):
+    """LyCORIS saves the changes; that of a bias may be left out."""
+
+    def read(self, site, found):
+        state = super().read(site, found)[1]
+        bias = getattr(site.module, "bias", None)
+        return {}, state if bias is None else {"copy.bias": bias.detach()} | state
 
 
 class Full(Delta, name="full"):
@@ -19,6 +39,9 @@ class Full(Delta, name="full"):
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
     targets = "head"
+    lycoris = _FullLycoris(
+        {"copy.weight": As("diff", *_change("weight")), "copy.bias": As("diff_b", *_change("bias"), optional=True)}
+    )
 
     copy: Any
 

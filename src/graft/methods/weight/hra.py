@@ -8,8 +8,8 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
 
 
 def _square(site, U):

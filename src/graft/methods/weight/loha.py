@@ -6,8 +6,21 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.formats.lycoris import LowRank, tucker
+from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
-from ...core.peft import As, Peft, zero_padded
+
+
+class _Hadamard(LowRank):
+    """LyCORIS's LoHa, at a convolution perhaps with both products in Tucker form."""
+
+    def plain(self, site, found):
+        for i in "12":
+            core = found.pop(f"hada_t{i}", None)
+            if core is not None:
+                found[f"hada_w{i}_a"] = found[f"hada_w{i}_a"].T
+                found[f"hada_w{i}_b"] = tucker(core, found[f"hada_w{i}_b"])
+        return found
 
 
 class LoHa(Delta, name="loha"):
@@ -49,6 +62,11 @@ class LoHa(Delta, name="loha"):
         patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
         neutral=frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}),
         hosts=("Linear", "Conv1d", "Conv2d"),
+    )
+    lycoris = _Hadamard(
+        {"B1": As("hada_w1_a"), "A1": As("hada_w1_b"), "B2": As("hada_w2_a"), "A2": As("hada_w2_b")},
+        also=frozenset({"hada_t1", "hada_t2"}),
+        rank="A1",
     )
 
     def __init__(

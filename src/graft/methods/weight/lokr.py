@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.formats.lycoris import ALPHA, Lycoris, kernel, matrix, tucker
+from ...core.formats.peft import OWN, As, Peft, zero_padded
 from ...core.hyper import Range
-from ...core.peft import As, Peft, zero_padded
 
 
 def _with_kernel(site, W2):
@@ -31,6 +33,47 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     limit = min(math.isqrt(size), factor if factor > 0 else size)
     m = next(m for m in range(limit, 0, -1) if size % m == 0)
     return m, size // m
+
+
+class _Kronecker(Lycoris):
+    """LyCORIS's LoKr, which ignores alpha where both factors are full, and makes W1 low-rank only where W2 is."""
+
+    def fits(self, names):
+        return super().fits(names) and bool({"lokr_w1", "lokr_w1_a"} & names)
+
+    def write(self, delta):
+        (a, c), (b, d) = delta.sizes
+        if a > b or c > d:
+            raise GraftError(f"LyCORIS's first factor is the smaller one, that of {delta.site.path} is not: {OWN}")
+        found = super().write(delta)
+        if delta.W2 is not None:
+            left = delta.scaling * (delta.B1 @ delta.A1 if delta.W1 is None else delta.W1)
+            return {"lokr_w1": left, "lokr_w2": found["lokr_w2"], ALPHA: left.new_tensor(1.0)}
+        return found | {ALPHA: delta.A2.new_tensor(delta.scaling * len(delta.A2))}
+
+    def read(self, site, found):
+        found = dict(found)
+        alpha, core = found.pop(ALPHA, None), found.pop("lokr_t2", None)
+        if core is not None:
+            found |= {"lokr_w2_a": found["lokr_w2_a"].T, "lokr_w2_b": tucker(core, found["lokr_w2_b"])}
+        own = super().read(site, found)[1]
+        ranks = {i: len(own[f"A{i}"]) for i in "12" if f"A{i}" in own}
+        rank = ranks.get("2") or ranks.get("1")
+        scaling = 1.0 if rank is None or alpha is None else float(alpha) / rank
+        sizes = site.d_out, site.d_in // site.taps
+        a, c = own["B1" if "B1" in own else "W1"].shape[0], own["A1" if "A1" in own else "W1"].shape[1]
+        b, d = sizes[0] // a, sizes[1] // c
+        factor = next((f for f in (-1, a, c) if tuple(factorize(n, f)[0] for n in sizes) == (a, c)), None)
+        if factor is None:
+            raise GraftError(f"the first factor of {site.path} is [{a}, {c}], to which no `factor` of LoKr leads")
+        # Which factor is low-rank follows from one rank here; what does not is multiplied out.
+        if rank is None or ("W2" in own) != (rank >= max(b, d) / 2):
+            rank = math.ceil(max(b, d) / 2)
+        low = {"1": ranks.get("1") == rank and rank < max(a, c) / 2, "2": rank < max(b, d) / 2}
+        for i in "12":
+            if f"B{i}" in own and not low[i]:
+                own[f"W{i}"] = own.pop(f"B{i}") @ own.pop(f"A{i}")
+        return {"rank": rank, "alpha": scaling * rank, "factor": factor, "decompose_both": low["1"]}, own
 
 
 class LoKr(Delta, name="lokr"):
@@ -68,6 +111,17 @@ class LoKr(Delta, name="lokr"):
         ),
         hosts=("Linear", "Conv1d", "Conv2d"),
     )
+    lycoris = _Kronecker(
+        {
+            "W1": As("lokr_w1", optional=True),
+            "B1": As("lokr_w1_a", optional=True),
+            "A1": As("lokr_w1_b", optional=True),
+            "W2": As("lokr_w2", kernel, matrix, optional=True),
+            "B2": As("lokr_w2_a", optional=True),
+            "A2": As("lokr_w2_b", optional=True),
+        },
+        also=frozenset({"lokr_t2", ALPHA}),
+    )
 
     def __init__(
         self,
@@ -87,6 +141,7 @@ class LoKr(Delta, name="lokr"):
         self.W2, self.B2, self.A2 = self._factor(b, d * site.taps, rank if low2 else None)
         nn.init.zeros_(self.A2 if low2 else self.W2)
         self.scaling = alpha / rank
+        self.sizes = (a, c), (b, d)
 
     def _factor(self, rows, columns, rank) -> tuple[Any, Any, Any]:
         """(a full matrix, None, None) or (None, B, A)."""

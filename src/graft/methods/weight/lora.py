@@ -8,8 +8,9 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.lycoris import LowRank, kernel, matrix, point, tucker
+from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 from ...core.hyper import Range
-from ...core.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 
 
 def _changes_base(config: dict) -> str | None:
@@ -21,6 +22,14 @@ def _changes_base(config: dict) -> str | None:
         f"init_lora_weights={init!r} changed the base's weights; save it with PEFT's "
         f"path_initial_model_for_weight_conversion first, which makes a plain LoRA of it"
     )
+
+
+class LoCon(LowRank):
+    """LyCORIS's LoRA, at a convolution perhaps in Tucker form: up, a core in the middle, and down."""
+
+    def plain(self, site, found):
+        mid = found.pop("lora_mid.weight", None)
+        return found if mid is None else found | {"lora_down.weight": tucker(mid, found["lora_down.weight"])}
 
 
 class LoRA(Delta, name="lora"):
@@ -65,6 +74,11 @@ class LoRA(Delta, name="lora"):
             {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
         ),
         refuses=_changes_base,
+    )
+    lycoris = LoCon(
+        {"A": As("lora_down.weight", kernel, matrix), "B": As("lora_up.weight", point, matrix)},
+        also=frozenset({"lora_mid.weight"}),
+        rank="A",
     )
 
     def __init__(

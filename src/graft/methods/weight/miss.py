@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.formats.peft import As, Peft
 from ...core.hyper import Range
-from ...core.peft import As, Peft
 
 
 class _MissPeft(Peft):

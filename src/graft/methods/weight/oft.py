@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
-from ...core.peft import OWN, As, Peft
 from ...core.recipe import ByPath
 
 
@@ -78,6 +78,7 @@ class OFT(Delta, name="oft"):
         refuses=_short_series,
         hosts=("Linear",),
     )
+    lycoris = "its Diag-OFT turns the outputs of a module, this OFT the inputs"
     upper: Tensor
 
     def __init__(

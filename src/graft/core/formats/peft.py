@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .delta import METHODS, Delta, base_modules
-from .errors import GraftError
-from .hyper import hyperparameters
-from .recipe import ByPath, Recipe
-from .site import Site, site_for
-from .targets import resolve
+from ..delta import METHODS, Delta, base_modules
+from ..errors import GraftError
+from ..folder import json_bytes, tensor_bytes
+from ..hyper import hyperparameters
+from ..recipe import ByPath, Recipe
+from ..site import site_for
+from ..targets import resolve
+from . import CONFIG, OWN, TENSORS, As, Format, Saved
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from ..adapter import Adapter
 
 PREFIX = "base_model.model."
 UNREAD = "this adapter in PEFT's format cannot be read"
-OWN = "save it in graft's own format"
 PROMPT = "prompt_embeddings"
 HEAD = "copy."  # where the delta of a head keeps its module
 
@@ -43,20 +44,6 @@ NEUTRAL = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
     "runtime_config",
 }  # fmt: skip
-
-
-def _same(site: Any, value: Tensor) -> Tensor:
-    return value
-
-
-@dataclass(frozen=True)
-class As:
-    """A tensor in PEFT's files: its name there, and how its values are laid out."""
-
-    name: str
-    write: Callable[[Site, Tensor], Tensor] = _same  # ours at the site -> PEFT's
-    read: Callable[[Site, Tensor], Tensor] = _same  # PEFT's -> ours
-    optional: bool = False  # whether some sites lack it
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ class Peft:
         """The fields that every type of PEFT's has."""
         return {
             "peft_type": self.kind,
-            "task_type": _task(adapter.model, modules, [path for path, _ in adapter.heads]),
+            "task_type": task_type(adapter.model, modules, [path for path, _ in adapter.heads]),
             "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None),
             "inference_mode": True,
         }
@@ -125,7 +112,7 @@ class Peft:
 
     def targets(self, modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
         """What makes PEFT choose exactly `paths`."""
-        return _target_modules(modules, paths)
+        return target_modules(modules, paths)
 
     def check_host(self, site: Any) -> None:
         """Refuse a module on which PEFT lacks the method, or computes something else."""
@@ -300,16 +287,46 @@ def _fitting(table: str, patterns: Any, path: str, common: Any) -> Any:
 # Writing
 
 
-def write(adapter: "Adapter") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of an adapter in PEFT's format."""
-    cls = adapter.recipe.method
-    if not isinstance(cls.peft, Peft):
-        raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
-    config, tensors = cls.peft.write(adapter)
-    return config, {key: value.detach() for key, value in tensors.items()}
+class PeftFormat(Format, name="peft"):
+    """Hugging Face PEFT's folder."""
+
+    library = "peft"
+    sign = '"peft_type"'
+    loading = "Hugging Face PEFT loads it too: `PeftModel.from_pretrained(model, {title!r})`."
+
+    @classmethod
+    def recognises(cls, config):
+        return config is not None and "peft_type" in config
+
+    def write(self, adapter, base):
+        cls = adapter.recipe.method
+        if not isinstance(cls.peft, Peft):
+            raise GraftError(f"PEFT has no format for {cls.name}{f' ({cls.peft})' if cls.peft else ''}: {OWN}")
+        config, tensors = cls.peft.write(adapter)
+        return {TENSORS: tensor_bytes(tensors), CONFIG: json_bytes(config | {"base_model_name_or_path": base})}
+
+    def read(self, model, parts):
+        config = parts[CONFIG]
+        try:
+            cls = _method(config)
+            found = cls.peft.read(cls, model, config, parts[TENSORS])
+        except GraftError:
+            raise
+        except Exception as error:  # values and shapes which PEFT never writes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise GraftError(f"{UNREAD}: {reason}") from error
+        return Saved(*found, targets=config.get("target_modules"))
+
+    @classmethod
+    def facts(cls, config, keys):
+        return {
+            "method": str(config["peft_type"]).lower(),
+            "base": config.get("base_model_name_or_path"),
+            "heads": config.get("modules_to_save") or [],
+        }
 
 
-def _target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
+def target_modules(modules: dict[str, nn.Module], paths: list[str]) -> list[str] | str:
     """What makes PEFT choose exactly `paths`: the ends of paths where that is enough, whole paths, or an expression."""
 
     def chosen(ends):
@@ -326,7 +343,7 @@ def _saved_whole(path: str, names: Iterable[str]) -> bool:
     return any(path.endswith(name) for name in names)
 
 
-def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> str | None:
+def task_type(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> str | None:
     """PEFT's task type. For classification it always saves `classifier` or `score`: only named where they are heads."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
@@ -344,21 +361,9 @@ def _task(model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> 
 # Reading
 
 
-def read(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]):
-    """Recipe, paths of targets and heads, and tensors under our names, of an adapter in PEFT's format."""
-    try:
-        cls = _method(config)
-        return cls.peft.read(cls, model, config, tensors)
-    except GraftError:
-        raise
-    except Exception as error:  # values and shapes which PEFT never writes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise GraftError(f"{UNREAD}: {reason}") from error
-
-
 def _method(config: dict[str, Any]) -> type[Delta]:
     """The method for a configuration; several of ours may be one type of PEFT's, told apart by what they refuse."""
-    from .. import methods
+    from ... import methods
 
     methods.load()
     kind = config["peft_type"]
