@@ -38,7 +38,7 @@ class Kept(NamedTuple):
 
 
 def as_lora(site: LinearSite, change: Change, rank: int | None = None) -> Kept:
-    """B A + dW', of `rank` at most: the nearest such matrix in the Frobenius norm, from the singular values.
+    """A LoRA of `rank` at most, the nearest one in the Frobenius norm, from the singular values.
 
     Without a rank factors stay as they are, and of a matrix the rank is that which loses nothing but rounding. alpha is
     the rank, so that the scaling is one.
