@@ -28,6 +28,7 @@ _PUBLIC = {
     "activate": "core.adapter",
     "disabled": "core.adapter",
     "route": "compose.route",
+    "Bank": "compose.bank",
     "collect": "core.statistics",
     "save": "core.files",
     "load": "core.files",

@@ -105,7 +105,7 @@ def combine(
     taken = _taken(model, weights, name)
     arithmetic, first = _arithmetic(method, options), next(iter(taken.values()))
     if method == "sum" and [*weights.values()] == [1] and rank is None and into in (None, first.recipe.method.name):
-        adapter = files.build(model, _copy(first), name)
+        adapter = _built(model, _copy(first), name)
         return attached(adapter, dict.fromkeys(adapter.deltas, Loss()), weights)
     for label, adapter in taken.items():
         if not is_finite(adapter.state_dict().values()):
@@ -189,7 +189,7 @@ class Plan:
         paths = [path for path in kept if path not in wholes]
         recipe = Recipe.of(into, **_hyper([kept[path] for path in paths], paths))
         saved = files.Saved(recipe, paths, [*wholes], tensors, targets=paths, task=task or {})
-        return files.build(self.model, saved, name), {path: one.loss for path, one in kept.items()}
+        return _built(self.model, saved, name), {path: one.loss for path, one in kept.items()}
 
     def is_low_rank(self, path: str) -> bool:
         return all(is_low_rank(s.deltas[path]) for s in self.sources if path in s.deltas)
@@ -298,6 +298,13 @@ def _copy(adapter: Adapter) -> files.Saved:
         adapter.recipe, modules, heads, adapter.state_dict(), adapter.targets, seed=adapter.seed,
         dtype=files.dtype_of(adapter), task=adapter.task,
     )  # fmt: skip
+
+
+def _built(model: nn.Module, saved: files.Saved, name: str) -> Adapter:
+    adapter = files.build(model, saved, name)
+    adapter.load_state_dict(saved.tensors)
+    adapter.task = saved.task
+    return adapter
 
 
 def attached(adapter: Adapter, losses: dict[str, Loss], replaced: Iterable[str] = ()) -> Combination:

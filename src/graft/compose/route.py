@@ -65,7 +65,7 @@ class Route:
             self.close()
             raise
         self.adapters = [tuple(taken[n] for n in row) for row in names]
-        self.hosts = found.hosts()
+        self.hosts = found.hosts
         self.closed, self.calls = False, 0
         self.model: nn.Module | None = None  # whose call opened it, by an argument
         self._chains: dict[Any, Callable] = {}

@@ -91,6 +91,8 @@ class Registry:
         self.adapters: dict[str, Adapter] = {}  # innermost first
         self.active: tuple[str, ...] = ()  # those that run, in the same order
         self.merged: Any = None  # the Merge in place, if there is one
+        self.bank: Any = None  # the Bank whose adapters can be routed to, if there is one
+        self.hosts: set[nn.Module] = set()  # what carries deltas, or serves those of the bank
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
         for p in self.trainable:
             p.requires_grad_(False)
@@ -100,8 +102,10 @@ class Registry:
             m.__dict__["train"] = _Still(m, m.training == model.training)
             m.training = False
 
-    def close(self) -> None:
+    def close_if_empty(self) -> None:
         """Give the flags of the base back, after the last adapter has left."""
+        if self.adapters or self.bank is not None:
+            return
         self.rows.close()
         for p in self.trainable:
             p.requires_grad_(True)
@@ -110,15 +114,13 @@ class Registry:
             m.training = self.model.training if before.follows else m.training
         del self.model.__dict__[_HOME]
 
-    def hosts(self) -> set[nn.Module]:
-        """The modules that carry deltas."""
-        return {d.site.module for a in self.adapters.values() for d in a.deltas.values()}
-
     def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
-        """An adapter by name, and what to call when it is no longer used."""
-        if name not in self.adapters:
-            raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
-        return self.adapters[name], lambda: None
+        """An adapter by name, of the model or of its bank, and what to call when it is no longer used."""
+        if name in self.adapters:
+            return self.adapters[name], lambda: None
+        if self.bank is not None:
+            return self.bank.take(name)
+        raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
 
     def check_unmerged(self) -> None:
         if self.merged is not None:
@@ -145,8 +147,19 @@ class Registry:
             host.relink(names)
 
 
+def check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
+
+
 def registry(model: nn.Module) -> Registry | None:
     return unwrapped(model).__dict__.get(_HOME)
+
+
+def open_registry(model: nn.Module) -> Registry:
+    """The registry of a model, made if it has none; the base is frozen from then on."""
+    model = unwrapped(model)
+    return registry(model) or model.__dict__.setdefault(_HOME, Registry(model))
 
 
 def adapters(model: nn.Module) -> dict[str, "Adapter"]:
@@ -219,8 +232,7 @@ class Adapter:
     def __init__(
         self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None, saved=None
     ):
-        if not NAME.fullmatch(name):
-            raise GraftError(f"an adapter's name holds letters, digits, - and _ only, not {name!r}")
+        check_name(name)
         if isinstance(model, torch.jit.ScriptModule):
             raise GraftError("a scripted model cannot be adapted: attach to the model before torch.jit.script")
         cls, model = recipe.method, unwrapped(model)
@@ -338,14 +350,14 @@ class Adapter:
         model, found = self.model, registry(self.model)
         if found and self.name in found.adapters:
             raise GraftError(f"the model has an adapter called {self.name!r} already: detach it or choose another name")
-        if found is None:
-            found = model.__dict__[_HOME] = Registry(model)
+        found = open_registry(model)
         found.check_unmerged()
         done = []
         try:
             for delta in self.deltas.values():
                 mount(self.name, delta)
                 done.append(delta)
+                found.hosts.add(delta.site.module)
             found.adapters[self.name] = self
             found.activate((*found.active, self.name))
         except Exception:
@@ -379,9 +391,10 @@ class Adapter:
         assert found
         for delta in deltas:
             unmount(self.name, delta)
+            if not isinstance(delta.site.module, Adapted):
+                found.hosts.discard(delta.site.module)
         del found.adapters[self.name]
-        if not found.adapters:
-            found.close()
+        found.close_if_empty()
 
     @property
     def active(self) -> bool:
@@ -432,8 +445,11 @@ class Adapter:
         """{"path:tensor": value}; "*:tensor" for what the sites share."""
         return {f"{path}:{k}": v for path, m in self.modules().items() for k, v in m.state_dict().items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy values in; names and shapes must be those of `state_dict`, otherwise nothing is changed."""
+    def load_state_dict(self, state: dict[str, Tensor], assign: bool = False) -> None:
+        """Copy values in; names and shapes must be those of `state_dict`, otherwise nothing is changed.
+
+        With `assign` tensors that have the right type and device already become the adapter's own, without a copy.
+        """
         own = self.state_dict()
         if lacking := sorted(own.keys() - state.keys()):
             raise GraftError(f"{len(lacking)} tensors of the adapter are missing, among them {lacking[0]}")
@@ -446,6 +462,12 @@ class Adapter:
                 )
             if value.is_floating_point() != own[key].is_floating_point():
                 raise GraftError(f"{key} is of type {value.dtype}, the adapter's is of {own[key].dtype}")
+        if assign:
+            for path, values in tensors_by_path(
+                {k: v.to(own[k].device, own[k].dtype) for k, v in state.items()}
+            ).items():
+                self.modules()[path].load_state_dict(values, assign=True)
+            return
         with torch.no_grad():
             for key, value in state.items():
                 own[key].copy_(value)

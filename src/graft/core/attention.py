@@ -94,7 +94,7 @@ class AttentionSite(Site):
     def relinked(self, deltas):
         product = [d for d in deltas if d.place == "product"]
         state = self.module.__dict__
-        if not any(d.place == "product" for d in self.module.deltas.values()):
+        if not any(getattr(d, "place", "") == "product" for d in self.module.deltas.values()):
             if state.pop("product", None) is not None:
                 state["config"] = self.base_config
             return

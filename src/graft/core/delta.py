@@ -293,23 +293,25 @@ def adapted_class(cls: type) -> type:
 _OURS = ("deltas", "chain", "linked", "site", "host_forward")  # attributes of a host
 
 
-def mount(name: str, delta: Delta) -> None:
+def mount(name: str, delta: Any) -> None:
     """Put `delta` at its host; `relink` then decides which deltas run, and in which order."""
     host = delta.site.module
     if not isinstance(host, Adapted):
         places = (host.__dict__, host._modules, host._parameters, host._buffers)
         if taken := [a for a in _OURS if any(a in place for place in places) or hasattr(type(host), a)]:
             raise GraftError(f"{delta.site.path} ({type(host).__name__}) has an attribute {taken[0]!r} of its own")
-        own = host.__dict__.pop("forward", None)
-        host.__class__ = adapted_class(type(host))
-        host.__dict__.update(host_forward=own, site=delta.site, linked=())
+        own = host.__dict__.get("forward")
+        plain = Host(delta.site, own or types.MethodType(type(host).forward, host))
+        host.__dict__.update(host_forward=own, site=delta.site, linked=(), chain=plain)
         host.deltas = Deltas()
+        host.__class__ = adapted_class(type(host))  # last: another thread may be running the host
+        host.__dict__.pop("forward", None)
     elif delta.place != "forward" and host.site.kind != delta.site.kind:
         host.site = delta.site  # only the site of such a place can link its deltas
     host.deltas[name] = delta
 
 
-def unmount(name: str, delta: Delta) -> None:
+def unmount(name: str, delta: Any) -> None:
     """Take `delta` away; the last one to leave restores the host exactly."""
     host = delta.site.module
     if type(host) is not adapted_class(host.host_class):

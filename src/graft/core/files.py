@@ -67,7 +67,7 @@ def save_adapter(
     place is taken, if a tensor holds NaN or infinity, or if the other library computes nothing of the kind.
     """
     place = Path(folder)
-    files = _contents(adapter, place.resolve().name, base_model, format, _fingerprints(adapter.model))
+    files = _contents(adapter, place.resolve().name, base_model, format, fingerprints(adapter.model))
     if FORMATS[format].single:
         write_file(place, files[""], overwrite)
     else:
@@ -100,7 +100,7 @@ def save(
     if not wanted:
         raise GraftError(f"names is empty: the model has {', '.join(found.adapters)}")
     chosen = {name: adapter for name, adapter in found.adapters.items() if name in wanted}
-    title, prints = place.resolve().name, _fingerprints(found.model)
+    title, prints = place.resolve().name, fingerprints(found.model)
     files, entries = {}, []
     for name, adapter in chosen.items():
         own = _contents(adapter, f"{title}/{name}", base_model, format, prints)
@@ -139,16 +139,18 @@ def load(
     model = unwrapped(model)
     if found := registry(model):
         found.check_unmerged()
-    stored, prints, made = parts(folder, revision), _fingerprints(model), {}
+    stored, prints, made = parts(folder, revision), fingerprints(model), {}
     names = _names(name, stored, adapters(model))
     for part, chosen in zip(stored, names):
         try:
-            saved = _read(model, part, None if allow_other_base else prints)
+            saved = read(model, part, None if allow_other_base else prints)
             adapter = build(model, saved, chosen or saved.name)
+            adapter.load_state_dict(saved.tensors)
         except GraftError as error:
             if not part.name:
                 raise
             raise GraftError(f"adapter {part.name!r} of {part.root}: {error}") from error
+        adapter.task = saved.task
         if not trainable:
             adapter.requires_grad_(False)
         made[adapter.name] = adapter
@@ -250,7 +252,7 @@ class _Graft(Format, name="graft"):
 
     def write(self, adapter, base):
         tensors = tensor_bytes(adapter.state_dict())
-        config = _config(adapter, base, self.prints or _fingerprints(adapter.model)) | {
+        config = _config(adapter, base, self.prints or fingerprints(adapter.model)) | {
             "tensors_crc32": zlib.crc32(tensors)
         }
         return {TENSORS: tensors, CONFIG: json_bytes(config | {"checksum": _checksum(config)})}
@@ -290,7 +292,7 @@ def _base(model: nn.Module, given: str | None) -> str | None:
     return given or getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def _fingerprints(model: nn.Module) -> Fingerprints:
+def fingerprints(model: nn.Module) -> Fingerprints:
     return functools.cache(functools.partial(fingerprint, model))
 
 
@@ -486,7 +488,7 @@ def _names(name: str | Mapping[str, str] | None, stored: list[Part], taken: Iter
     return [*names]
 
 
-def _read(model: nn.Module, part: Part, prints: Fingerprints | None) -> Saved:
+def read(model: nn.Module, part: Part, prints: Fingerprints | None) -> Saved:
     """What a folder or file holds; without `prints` for any base."""
     return part.form()(prints).read(model, part.read())
 
@@ -507,7 +509,7 @@ def _attach(model: nn.Module, made: Iterable[Adapter], running: list[str]) -> No
 
 
 def build(model: nn.Module, saved: Saved, name: str) -> Adapter:
-    """The adapter `saved`, not yet on the model."""
+    """The adapter, not yet on the model, with the values of its construction."""
     here = base_modules(model)
     if missing := [path for path in (*saved.modules, *saved.heads) if path not in here]:
         raise GraftError(f"the model has no module {missing[0]!r}, which the adapter adapts: is it another base?")
@@ -527,6 +529,5 @@ def build(model: nn.Module, saved: Saved, name: str) -> Adapter:
     except Exception as error:  # values which a constructor never met: sizes that overflow, that fit no memory
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraftError(f"the saved {saved.recipe.method.name} adapter cannot be built here: {reason}") from error
-    adapter.load_state_dict(saved.tensors)
-    adapter.targets, adapter.task = saved.targets, saved.task
+    adapter.targets = saved.targets
     return adapter
