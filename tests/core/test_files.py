@@ -261,7 +261,8 @@ def test_the_folder_holds_three_files_and_says_all(good):
     assert (
         config["method"] == "lora" and config["base_class"] == "Net" and config["library_version"] == graft.__version__
     )
-    assert config["hyperparameters"] == {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rslora": False}
+    expected = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rslora": False, "bias": False}
+    assert config["hyperparameters"] == expected
     assert config["base_fingerprint"] == graft.fingerprint(net(), ["classifier"])
     (good.parent / "plain").mkdir(exist_ok=True)
     assert good.stat().st_mode == (good.parent / "plain").stat().st_mode

@@ -302,7 +302,7 @@ BROKEN = {
         "beside a LoRA alone",
     ),
     "magnitudes of columns": (lambda t: t | {"lycoris_line.dora_scale": torch.ones(1, 12)}, "wd_on_output=False"),
-    "two methods": (lambda t: t | {"lycoris_bare.diff": torch.zeros(12, 16)}, "of one method.*lora.*full"),
+    "two methods": (lambda t: t | {"lycoris_bare.diff": torch.zeros(12, 16)}, "of one method.*full.*lora"),
     "a tensor lost": (lambda t: {k: v for k, v in t.items() if "up" not in k}, "no method here has the tensors"),
     "another shape": (lambda t: {k: v[:, :2].clone() if "down" in k else v for k, v in t.items()}, "shape"),
     "a value that is none": (lambda t: t | {"lycoris_line.alpha": torch.tensor(float("inf"))}, "infinity"),

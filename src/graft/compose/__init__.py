@@ -1,1 +1,1 @@
-"""Deltas that contain deltas."""
+"""Deltas that contain deltas, and the algebra of adapters."""

@@ -178,7 +178,7 @@ class Part:
         for form in FORMATS.values():
             if form.recognises(config):
                 return form
-        signs = ", ".join(f"{form.name} has {form.sign}" for form in FORMATS.values() if form.sign)
+        signs = ", ".join(f"{form.name} has {form.sign}" for _, form in sorted(FORMATS.items()) if form.sign)
         raise GraftError(f"{self.root / self.name / CONFIG} is of no format that is known here: {signs}")
 
     def path(self, name: str) -> Path:
@@ -319,7 +319,7 @@ def _config(adapter: Adapter, base: str | None, prints: Fingerprints) -> dict[st
         "modules": [path for path in adapter.deltas if path not in heads],
         "heads": heads,
         "seed": adapter.seed,
-        "dtype": str(_dtype(adapter)).removeprefix("torch."),
+        "dtype": str(dtype_of(adapter)).removeprefix("torch."),
         "base_model": base,
         "base_class": class_name(adapter.model),
         "base_fingerprint": prints(without),
@@ -328,7 +328,8 @@ def _config(adapter: Adapter, base: str | None, prints: Fingerprints) -> dict[st
     }
 
 
-def _dtype(adapter: Adapter) -> torch.dtype:
+def dtype_of(adapter: Adapter) -> torch.dtype:
+    """Of the tensors of the method itself, without those of heads."""
     own = [m for path, m in adapter.modules().items() if path not in dict(adapter.heads)]
     return next((t.dtype for m in own for t in m.state_dict().values() if t.is_floating_point()), torch.float32)
 

@@ -221,7 +221,9 @@ def _read(model: nn.Module, tensors: dict[str, Tensor]) -> Saved:
             raise GraftError(f"{UNREAD}: {_reason(module, names)}")
         methods.setdefault(cls, module)
     if len(methods) > 1:
-        several = " and ".join(f"{cls.name} at {module}" for cls, module in methods.items())
+        several = " and ".join(
+            f"{cls.name} at {module}" for cls, module in sorted(methods.items(), key=lambda m: m[0].name)
+        )
         raise GraftError(f"{UNREAD}: an adapter is of one method, and it holds {several}")
     (cls,) = methods
     every = base_modules(model)

@@ -93,6 +93,7 @@ class IA3(Delta, name="ia3"):
         ),
     )
     hosts = ("linear", "conv")
+    neutral = {"l": 1.0}
     peft = _IA3Peft(
         "IA3",
         {"l": As("ia3_l", read=lambda site, value: value.flatten())},

@@ -27,6 +27,7 @@ class SSF(Delta, name="ssf"):
     )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
+    neutral = {"gamma": 1.0, "beta": 0.0}
     passes_x = True
 
     def __init__(

@@ -23,6 +23,7 @@ class BitFit(Delta, name="bitfit"):
     )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
+    neutral = {"c": 0.0}
     passes_x = True
 
     def __init__(self, site):

@@ -40,6 +40,7 @@ class LNTuning(Delta, name="ln_tuning"):
     )
     hosts = ("norm",)
     targets = "norms"
+    neutral = {"c": 0.0, "d": 0.0}
     lycoris = _NormLycoris({"c": As("w_norm"), "d": As("b_norm", optional=True)}, hosts=("LayerNorm", "GroupNorm"))
     peft = Peft("LN_TUNING", {"c": _whole("weight"), "d": _whole("bias")}, hosts=())
 

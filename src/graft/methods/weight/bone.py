@@ -25,6 +25,7 @@ class Bone(Delta, name="bone"):
     )
     hosts = ("linear", "conv")
     small = dict(block=4)
+    neutral = {"D": 0.0}
     peft = Peft(
         "MISS",
         {"D": As("miss_block")},

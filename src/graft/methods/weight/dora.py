@@ -70,9 +70,10 @@ class DoRA(Delta, name="dora"):
     passes_x = True
     peft = replace(
         LoRA.peft,
-        tensors={f"low.{name}": form for name, form in LoRA.peft.tensors.items()} | {"m": _M},
+        tensors={f"low.{name}": LoRA.peft.tensors[name] for name in "AB"} | {"m": _M},
         embedding={f"low.{name}": form for name, form in LoRA.peft.embedding.items()} | {"m": _M},
-        fixed={"bias": "none", "use_dora": True},
+        config={field: name for field, name in LoRA.peft.config.items() if name != "bias"},
+        fixed={"bias": "none", "use_dora": True, "lora_bias": False},
     )
     adapter_hub = _DoraHub(
         "loras",

@@ -49,7 +49,7 @@ class LoRA(Delta, name="lora"):
     """W' = W + s B A, computed as y + s (x A^T) B^T, with s = alpha / rank, or alpha / sqrt(rank) if `rslora`.
 
     A [rank, in] is random (Kaiming uniform) and B [out, rank] zero, so that the adapted model starts as the base.
-    Dropout falls on the input of the update only.
+    Dropout falls on the input of the update only. With `bias`, b' = b + s c, and c [out] starts at zero.
     """
 
     papers = (
@@ -68,11 +68,21 @@ class LoRA(Delta, name="lora"):
     passes_x = True
     peft = Peft(
         "LORA",
-        {"A": As("lora_A.weight", to_input_kernel, to_matrix), "B": As("lora_B.weight", to_point_kernel, to_matrix)},
+        {
+            "A": As("lora_A.weight", to_input_kernel, to_matrix),
+            "B": As("lora_B.weight", to_point_kernel, to_matrix),
+            "c": As("lora_B.bias", optional=True),
+        },
         embedding={"A": As("lora_embedding_A"), "B": As("lora_embedding_B")},
-        config={"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"},
+        config={
+            "r": "rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "use_rslora": "rslora",
+            "lora_bias": "bias",
+        },
         patterns={"rank_pattern": "r", "alpha_pattern": "lora_alpha"},
-        defaults={"use_rslora": False},
+        defaults={"use_rslora": False, "lora_bias": False},
         fixed={"bias": "none", "use_dora": False},
         neutral=frozenset(
             {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
@@ -102,23 +112,34 @@ class LoRA(Delta, name="lora"):
         alpha: Annotated[float, "numerator of the scaling s"] = 16.0,
         dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
         rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
+        bias: Annotated[bool, "train a bias beside the matrices"] = False,
     ):
         super().__init__(site)
+        if bias and site.kind == "embedding":
+            raise GraftError(f"lora: bias must be False at {site.path}: an embedding has none")
         self.A = nn.Parameter(torch.empty(rank, site.d_in))
         self.B = nn.Parameter(torch.zeros(site.d_out, rank))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        self.c = nn.Parameter(torch.zeros(site.d_out)) if bias else None
+        self.by_factors = not bias
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
 
     def factors(self):
         return self.A, self.scaling * self.B
 
     def prepare(self, inner):
-        return self.factors()
+        return *self.factors(), None if self.c is None else self.scaling * self.c
 
-    def act(self, inner, x, A, B):
+    def act(self, inner, x, A, B, c=None):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.site.add_up(inner(x), self.site.down(z, A), B)
+        y = self.site.add_up(inner(x), self.site.down(z, A), B)
+        return y if c is None else self.site.shift(y, c)
 
     def weight(self, w):
         wide = torch.promote_types(w.dtype, self.B.dtype)
         return torch.addmm(w.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scaling)
+
+    def bias(self, b):
+        if self.c is None:
+            return b
+        return self.scaling * self.c if b is None else b + self.scaling * self.c

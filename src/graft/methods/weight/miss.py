@@ -40,6 +40,7 @@ class MiSS(Delta, name="miss"):
     hosts = ("linear",)
     passes_x = True
     small = dict(rank=3)
+    neutral = {"D": 0.0}
     peft = _MissPeft(
         "MISS",
         {"D": As("miss_block")},
