@@ -63,7 +63,7 @@ def picture(model: nn.Module):
         (
             path,
             type(m),
-            sorted(m.__dict__),
+            sorted(m.__dict__.keys() - {"_kept"}),  # but what a delta has prepared
             sorted(m._modules),
             m.training,
             [(n, id(p), p.requires_grad, p.detach().cpu().view(torch.uint8).numpy().tobytes() if p.numel() else b"")
