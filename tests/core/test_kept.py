@@ -13,7 +13,6 @@ from torch import nn
 
 import graft
 from graft import methods
-from graft.compose.bank import Bank, Route
 from graft.core.delta import Delta, mount
 from graft.core.kept import FREE
 from graft.core.site import site_for
@@ -242,21 +241,17 @@ def test_compiled_graphs_keep_nothing():
 
 
 @torch.no_grad()
-def test_rows_of_a_bank_have_their_own():
-    x, singles, expect = torch.randn(3, 5, 8, dtype=torch.float64), [], []
-    for i in range(3):
-        base = model()
-        adapter, delta = frozen(base, "dora", rank=2, seed=i)
-        move(adapter, seed=i)
-        singles.append(delta)
-        expect.append(base(x[i : i + 1])[0])
-    base, route = model(), Route()
-    bank = Bank(site_for("0", base[0], ("linear",)), route, deltas=singles)
-    mount("bank", bank)
-    base[0].relink(["bank"])
-    for order in ([0, 1, 2], [2, 0, 1]):
-        route.ids = torch.tensor(order)
-        torch.testing.assert_close(base(x[order]), torch.stack([expect[i] for i in order]))
+def test_rows_of_a_route_have_their_own():
+    base, x = model(), torch.randn(3, 5, 8, dtype=torch.float64)
+    for i, name in enumerate("abc"):
+        move(frozen(base, "dora", name=name, rank=2, seed=i)[0], seed=i)
+    for _ in range(2):
+        with graft.route(base, list("cab")):
+            together = base(x)
+        for i, name in enumerate("cab"):
+            graft.activate(base, name)
+            torch.testing.assert_close(base(x[i]), together[i])
+            graft.adapters(base)[name].parameters()[0].mul_(1.5)
 
 
 def test_keys_of_a_prompt_follow_the_projections(count):
