@@ -240,6 +240,20 @@ def test_compiled_graphs_keep_nothing():
         torch.testing.assert_close(compiled(x), fresh(base, x))
 
 
+@torch.no_grad()
+def test_rows_of_a_route_have_their_own():
+    base, x = model(), torch.randn(3, 5, 8, dtype=torch.float64)
+    for i, name in enumerate("abc"):
+        move(frozen(base, "dora", name=name, rank=2, seed=i)[0], seed=i)
+    for _ in range(2):
+        with graft.route(base, list("cab")):
+            together = base(x)
+        for i, name in enumerate("cab"):
+            graft.activate(base, name)
+            torch.testing.assert_close(base(x[i]), together[i])
+            graft.adapters(base)[name].parameters()[0].mul_(1.5)
+
+
 def test_keys_of_a_prompt_follow_the_projections(count):
     base, ids = llama(), tokens()
     _, delta = frozen(base, "llama_adapter", name="prompt", length=3)
