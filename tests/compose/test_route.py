@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -242,6 +243,42 @@ def test_heads_of_a_classifier():
     for name in ("a", "b"):
         move(graft.attach(model, "lora", name=name, heads=["classifier"]), seed=ord(name))
     agree(model, ["b", None, "a"], tokens(3))
+
+
+@pytest.mark.parametrize("bank", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_heads_of_different_sizes(family, bank, tmp_path):
+    def fresh(labels):
+        if family == "bert":
+            return bert(labels).double()
+        torch.manual_seed(0)
+        config = transformers.RobertaConfig(
+            hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, vocab_size=50,
+            num_labels=labels, max_position_embeddings=64,
+        )  # fmt: skip
+        return transformers.RobertaForSequenceClassification(config).double().eval()
+
+    x, expect = tokens(4, vocabulary=48) + 2, {}
+    base = fresh(3)
+    inside = {k: v for k, v in base.state_dict().items() if not k.startswith("classifier.")}
+    for name, labels in (("two", 2), ("three", 3), ("five", 5)):
+        model = fresh(labels)
+        model.load_state_dict(inside, strict=False)
+        move(graft.attach(model, "lora", name=name, heads=["classifier"]), seed=labels).save(tmp_path / name)
+        expect[name] = model(input_ids=x).logits.detach()
+    expect[None] = base(input_ids=x).logits.detach()
+    if bank:
+        adapters = graft.Bank(base)
+    for name in ("two", "three", "five"):
+        adapters.add(name, tmp_path / name) if bank else graft.load(base, tmp_path / name)
+    rows = ["five", None, "two", "three"]
+    with torch.no_grad(), graft.route(base, rows):
+        together = base(input_ids=x).logits
+    assert together.shape == (4, 5)
+    for i, name in enumerate(rows):
+        own = expect[name].shape[1]
+        torch.testing.assert_close(together[i, :own], expect[name][i])
+        assert (together[i, own:] == -torch.inf).all()
 
 
 def test_refusals():

@@ -263,8 +263,10 @@ class Adapter:
                     mode.spare_if_saved(made[s.path], s.saved or {})
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
-            site = site_for(path, module, HEADS)
+            own = None if saved is None else tensors_by_path(saved).get(path, {})
+            site = site_for(path, module, HEADS, saved=own, head=True)
             self.deltas[path] = self._place(_full()(site), site, dtype)
+            sites.append(site)
         for site in sites:
             site.stats, site.saved = {}, None  # used up; they can be large
         # What a function of the site or a pattern gave is kept by path: a function cannot be saved.

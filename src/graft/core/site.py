@@ -82,6 +82,8 @@ class Site:
     a file it holds its tensors by name: their values are copied in afterwards, so the constructor has no statistics,
     may spare whatever only finds initial values, and draws no random numbers where all its tensors are in the file.
     Sizes that no hyperparameter tells are those of `saved`.
+
+    A `head` is trained whole beside a method; nothing follows it, so it may have outputs of its own number.
     """
 
     kind = "module"
@@ -95,9 +97,10 @@ class Site:
         count: int = 1,
         stats: dict | None = None,
         saved: dict[str, Tensor] | None = None,
+        head: bool = False,
     ):
         self.path, self.module, self.index, self.count = path, module, index, count
-        self.stats, self.saved = stats or {}, saved
+        self.stats, self.saved, self.head = stats or {}, saved, head
 
     def __init_subclass__(cls, hosts: tuple = (), **kwargs):
         super().__init_subclass__(**kwargs)

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...core.delta import Delta, bare_copy
@@ -48,6 +49,8 @@ class Full(Delta, name="full"):
     def __init__(self, site):
         super().__init__(site)
         self.copy = bare_copy(site.module).requires_grad_(True)
+        if site.head and site.saved:
+            _take_size(self.copy, site.saved)
 
     @classmethod
     def refuses(cls, site):
@@ -74,3 +77,18 @@ class Full(Delta, name="full"):
         own = copy.copy(self.site)
         own.module = self.copy
         return own
+
+
+def _take_size(head: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Give the last linear map of a head as many outputs as it was saved with: those of its own classes."""
+    layers = [(path, m) for path, m in head.named_modules(prefix="copy") if isinstance(m, nn.Linear)]
+    if not layers:
+        return
+    path, last = layers[-1]
+    weight = saved.get(f"{path}.weight")
+    if weight is None or weight.dim() != 2 or weight.shape[1] != last.in_features:
+        return
+    last.out_features = len(weight)
+    for own in last._parameters.values():
+        if own is not None:
+            own.data = own.new_empty(len(weight), *own.shape[1:])
