@@ -42,6 +42,16 @@ def test_any_state_comes_back_as_it_was(tree, tmp_path_factory):
     assert step == 7 and equal(tree, found)
 
 
+def test_the_layout_of_a_tensor_comes_back(tmp_path):
+    images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = [torch.randn(4, 6).T, images, torch.randn(2, 3, 4).permute(1, 2, 0), torch.randn(3, 1, 2).expand(3, 4, 2)]
+    checkpoints.save(tmp_path, 1, state)
+    _, found = checkpoints.newest(tmp_path)
+    for before, after in zip(state[:3], found):
+        assert torch.equal(before, after) and before.stride() == after.stride()
+    assert torch.equal(found[3], state[3])
+
+
 def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):
     whole = torch.arange(6.0)
     checkpoints.save(tmp_path, 1, {"a": whole, "b": whole[2:4], "c": whole})

@@ -87,6 +87,10 @@ def flatten(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """`tree` as JSON; tensors and arrays go into `tensors`."""
     if torch.is_tensor(tree) or isinstance(tree, np.ndarray):
         name = str(len(tensors))
+        if torch.is_tensor(tree) and tree.dim() > 1 and not tree.is_contiguous():
+            order = sorted(range(tree.dim()), key=tree.stride, reverse=True)  # products depend on it in the last bit
+            tensors[name] = tree.detach().to("cpu", copy=True).permute(order).contiguous()
+            return {"permuted": [name, order]}
         tensors[name] = torch.as_tensor(tree).detach().to("cpu", copy=True).contiguous()
         return {"tensor": name} if torch.is_tensor(tree) else {"array": name}
     if isinstance(tree, dict):
@@ -108,6 +112,9 @@ def _restore(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return tensors[value]
+    if kind == "permuted":
+        name, order = value
+        return tensors[name].permute(sorted(range(len(order)), key=order.__getitem__))
     if kind == "array":
         return tensors[value].numpy()
     if kind == "dtype":
