@@ -57,6 +57,19 @@ def move(adapter, by=0.2, seed=1):
     return adapter
 
 
+def attach(model, method, name, seed=1, targets=None, **hyper):
+    """An adapter of any method with its small hyperparameters, away from its start."""
+    import graft
+
+    cls = graft.METHODS[method]
+    hyper, stats = cls.small | hyper, None
+    targets = targets or ("lm_head" if method == "full" else None)
+    if needs := cls.asks(cls(**hyper).hyper):
+        loss = lambda model, batch: model(batch).logits.square().mean()
+        stats = graft.collect(model, [tokens()], needs, targets or cls.targets, loss=loss)
+    return move(graft.attach(model, cls(**hyper), targets, name=name, stats=stats), seed=seed)
+
+
 def picture(model: nn.Module):
     """Everything of a model that a stranger could see: classes, attributes, flags, bits."""
     return [

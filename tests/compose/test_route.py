@@ -10,24 +10,10 @@ from hypothesis import strategies as st
 import graft
 from graft import methods
 from graft.core.delta import METHODS
-from models import bert, gpt2, llama, move, tokens
+from models import attach, bert, gpt2, llama, move, tokens
 
 methods.load()
 NAMES = sorted(n for n, cls in METHODS.items() if cls.__module__.startswith("graft."))
-SMALL = {n: METHODS[n].small for n in NAMES} | {"adalora": dict(rank=3, target_rank=2), "prompt_tuning": dict(length=3)}
-
-
-def attach(model, method, name, seed=1, targets=None, **hyper):
-    cls = METHODS[method]
-    hyper = SMALL[method] | hyper
-    stats = None
-    targets = targets or ("lm_head" if method == "full" else None)
-    if needs := cls.asks(cls(**hyper).hyper):
-        stats = graft.collect(
-            model, [tokens()], needs, targets or cls.targets, loss=lambda m, b: m(b).logits.square().mean()
-        )
-    adapter = graft.attach(model, cls(**hyper), targets, name=name, stats=stats)
-    return move(adapter, seed=seed)
 
 
 def alone(model, names, x, row, **more):
