@@ -314,3 +314,30 @@ def test_compiled_models_follow_routes_and_are_not_compiled_again():
             counts.append(counter.frame_count)
         assert len({*counts}) == 1, f"compiled again: {counts}"
         torch.testing.assert_close(compiled(input_ids=x, use_cache=False).logits, plain)
+
+
+def test_the_model_stays_as_it_is_while_a_route_serves():
+    model, x = mixed_model(methods=["lora", "dora", "oft"]), tokens(2)
+    with graft.route(model, ["lora", "dora"]):
+        before = model(input_ids=x).logits
+        for what in (graft.adapters(model)["lora"].detach, lambda: graft.merge(model)):
+            with pytest.raises(graft.GraftError, match="a route serves adapter 'lora': close the route first"):
+                what()
+        graft.adapters(model)["oft"].detach()
+        graft.activate(model, "dora")
+        assert torch.equal(model(input_ids=x).logits, before)
+        with graft.disabled(model):
+            torch.testing.assert_close(model(input_ids=x).logits, llama(torch.float64)(x).logits)
+        assert torch.equal(model(input_ids=x).logits, before)
+    graft.adapters(model)["lora"].detach()
+
+
+def test_dropout_in_training_differs_by_row():
+    model, x = llama(torch.float64, attention_bias=True), tokens(1).expand(4, -1)
+    attach(model, "lora", "dropped", dropout=0.5)
+    attach(model, "lora", "plain", seed=2)
+    rows = ["dropped", "dropped", "plain", "plain"]
+    with graft.route(model.train(), rows):
+        y = model(input_ids=x).logits
+    assert not torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
+    agree(model.eval(), rows, x)

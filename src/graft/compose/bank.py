@@ -152,6 +152,9 @@ class Bank:
             self.registry.bank = None
             self.registry.close_if_empty()
 
+    def __reduce_ex__(self, protocol):
+        raise GraftError("a model with a bank cannot be copied or pickled: close the bank first")
+
     def __enter__(self) -> "Bank":
         return self
 

@@ -91,6 +91,7 @@ class Registry:
         self.adapters: dict[str, Adapter] = {}  # innermost first
         self.active: tuple[str, ...] = ()  # those that run, in the same order
         self.merged: Any = None  # the Merge in place, if there is one
+        self.serving: list[str] = []  # the adapters of open routes, as often as they are used
         self.bank: Any = None  # the Bank whose adapters can be routed to, if there is one
         self.hosts: set[nn.Module] = set()  # what carries deltas, or serves those of the bank
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
@@ -117,7 +118,8 @@ class Registry:
     def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
         """An adapter by name, of the model or of its bank, and what to call when it is no longer used."""
         if name in self.adapters:
-            return self.adapters[name], lambda: None
+            self.serving.append(name)
+            return self.adapters[name], lambda: self.serving.remove(name)
         if self.bank is not None:
             return self.bank.take(name)
         raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
@@ -128,6 +130,14 @@ class Registry:
                 f"adapter {', '.join(map(repr, self.merged.names))} is merged into the base: "
                 f"undo the merge first, or keep it, with undo() or keep() of what graft.merge gave"
             )
+
+    def check_idle(self, name: str | None = None) -> None:
+        """Refuse what a route must not meet: that an adapter it serves leaves, or that weights change under it."""
+        if used := next((n for n in self.serving if name in (n, None)), None):
+            raise GraftError(f"a route serves adapter {used!r}: close the route first")
+
+    def __getstate__(self):
+        return self.__dict__ | {"serving": []}
 
     def activate(self, names: Iterable[str]) -> None:
         """Run exactly `names`, the first one innermost; they change places with each other in the chain."""
@@ -185,16 +195,18 @@ def activate(model: nn.Module, *names: str) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model, for the duration of the context, e.g. as the reference of preference tuning."""
+    """The base model, for the duration of the context, e.g. as the reference of preference tuning; in a route too."""
     found = registry(model)
-    before = found.active if found else ()
-    if found:
-        found.activate(())
-    try:
+    if found is None:
         yield model
+        return
+    before = found.active
+    found.activate(())
+    try:
+        with nullcontext() if core.routed is None else _routes().route(model, [None]):
+            yield model
     finally:
-        if found:
-            found.activate(before)
+        found.activate(before)
 
 
 def attach(
@@ -383,6 +395,7 @@ class Adapter:
             raise GraftError(f"adapter {self.name!r} is not on the model")
         found = registry(self.model)
         assert found
+        found.check_idle(self.name)
         found.activate(n for n in found.active if n != self.name)
         if self.shared is not None:
             del self._keeper()[f"*{self.name}"]
