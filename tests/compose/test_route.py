@@ -43,6 +43,8 @@ def test_rows_of_one_method_on_other_models(method, make):
     model = make().double()
     if METHODS[method].hosts == ("model",) and make is bert:
         pytest.skip("the pooler of this model is given the first state")
+    if method == "prefix_tuning" and make is bert and transformers.__version__ < "5":
+        pytest.skip("its attention product cannot be reached before transformers 5")
     for i in range(2):
         attach(model, method, f"a{i}", seed=i)
     agree(model, ["a1", None, "a0"], tokens(3))
