@@ -265,7 +265,9 @@ def test_saved_and_loaded_is_bit_identical(name, host, tmp_path):
     adapted, adapter = adapt(name, model, target, x)
     adapter.save(tmp_path / "adapter")
     again = copy.deepcopy(model).eval()
+    random = torch.get_rng_state()
     loaded = graft.load(again, tmp_path / "adapter", trainable=True)  # torch folds products by this flag
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(run(again, x), run(adapted, x))
     assert loaded.recipe.hyper == adapter.recipe.hyper
     loaded.detach()

@@ -245,6 +245,8 @@ class Adapter:
     heads are then the very paths.
     """
 
+    shared: nn.Module | None  # what the deltas use together
+
     def __init__(
         self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None, saved=None
     ):
@@ -259,20 +261,27 @@ class Adapter:
         self.targets = cls.targets if targets is None else targets
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
-        with (
-            torch.random.fork_rng(devices=[]),
-            Rebuilding(saved, model) if saved is not None else nullcontext() as mode,
-        ):
-            torch.manual_seed(seed)
-            resolved = {s.path: recipe.at(s) for s in sites}
+        resolved = {s.path: recipe.at(s) for s in sites}
+
+        def build() -> dict[str, Delta]:
             shared = cls.share(sites, **resolved[sites[0].path])
             self.shared = None if shared is None else self._place(shared, sites[0], dtype)
             given = {} if self.shared is None else {"shared": self.shared}
-            made: dict[str, Delta] = {}
-            for s in sites:
-                made[s.path] = cls(s, **given, **resolved[s.path])
-                if mode is not None and len(made) == 1 and shared is None:
-                    mode.spare_if_saved(made[s.path], s.saved or {})
+            return {s.path: cls(s, **given, **resolved[s.path]) for s in sites}
+
+        made: dict[str, Delta] = {}
+        if saved is not None:
+            with Rebuilding(saved, model, spare=True) as mode:
+                made = build()
+            whole = [*made.items(), *([] if self.shared is None else [("*", self.shared)])]
+            names = (f"{path}:{n}" for path, m in whole for n, _ in (*m.named_parameters(), *m.named_buffers()))
+            if mode.spared and not all(name in saved for name in names):
+                made = {}  # some of its tensors are drawn from the seed
+        if not made:
+            limits = nullcontext() if saved is None else Rebuilding(saved, model, spare=False)
+            with torch.random.fork_rng(devices=[]), limits:
+                torch.random.default_generator.manual_seed(seed)
+                made = build()
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
             own = None if saved is None else tensors_by_path(saved).get(path, {})
