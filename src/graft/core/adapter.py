@@ -1,6 +1,7 @@
 """An adapter: the deltas of one method on one model, under one name."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,17 +46,24 @@ class _Still:
 
 
 class _RowsArgument:
-    """The argument `adapters` of a model's forward and of its `generate`: the rows of graft.route for that call."""
+    """The argument `adapters` of a model's forward and of its `generate`: the rows of graft.route for that call.
+
+    A model with an argument of that name keeps its own.
+    """
 
     def __init__(self, model: Any):
-        self.model = model
-        self.handles = [
-            model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self.after, always_call=True),
-        ]
+        self.model, self.handles = model, []
+        if "adapters" not in inspect.signature(model.forward).parameters:
+            self.handles = [
+                model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+                model.register_forward_hook(self.after, always_call=True),
+            ]
         self.own = model.__dict__.get("generate")
         if hasattr(type(model), "generate"):
+            self.__doc__ = type(model).generate.__doc__
             model.__dict__["generate"] = self
+
+    __signature__ = property(lambda self: inspect.signature(functools.partial(type(self.model).generate, self.model)))
 
     def before(self, model, args, kwargs):
         if core.routed is not None or "adapters" in kwargs:
