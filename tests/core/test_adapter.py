@@ -326,7 +326,6 @@ def test_float32_masters_beside_a_bfloat16_base_keep_no_activation_twice():
 
 
 def test_adapted_classes_look_like_their_hosts():
-    import inspect
 
     model = llama()
     host = model.model.layers[0].self_attn.q_proj

@@ -19,7 +19,7 @@ from torch import nn
 from ..core.adapter import Adapter, check_name, open_registry
 from ..core.delta import mount, unmount
 from ..core.errors import GraftError
-from ..core.files import Part, Saved, build, fingerprints, parts, read
+from ..core.files import Part, Saved, build, content, fingerprints, parts, read
 
 
 class Bank:
@@ -67,7 +67,8 @@ class Bank:
         if isinstance(adapter, Adapter):
             if adapter.model is not self.registry.model:
                 raise GraftError(f"adapter {adapter.name!r} is of another model: save it, and add its folder")
-            source = _kept(adapter)
+            source = content(adapter)
+            source.tensors = {key: value.detach().to("cpu", copy=True) for key, value in source.tensors.items()}
         else:
             source, *others = parts(adapter)
             if others or source.name:
@@ -211,22 +212,6 @@ class Bank:
             mount(_seat_name(delta.place), seat)
             delta.site.module.relink(delta.site.module.linked)
             self.registry.hosts.add(delta.site.module)
-
-
-def _kept(adapter: Adapter) -> Saved:
-    """A copy of an adapter in main memory."""
-    heads = [path for path, _ in adapter.heads]
-    state = adapter.state_dict()
-    return Saved(
-        adapter.recipe,
-        [path for path in adapter.deltas if path not in heads],
-        heads,
-        {key: value.detach().to("cpu", copy=True) for key, value in state.items()},
-        adapter.targets,
-        seed=adapter.seed,
-        dtype=next((t.dtype for t in state.values() if t.is_floating_point()), None),
-        task=adapter.task,
-    )
 
 
 class _Resident:
