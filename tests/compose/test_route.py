@@ -23,8 +23,11 @@ def alone(model, names, x, row, **more):
 
 
 def agree(model, rows, x, **more):
+    """Rows are computed in other ways where gradients are wanted."""
     with graft.route(model, rows):
         together = model(input_ids=x, **more).logits
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=x, **more).logits, together)
     for i, names in enumerate(rows):
         torch.testing.assert_close(together[i], alone(model, names, x, i, **more))
 
