@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter, check_name, open_registry
-from ..core.delta import mount, unmount
 from ..core.errors import GraftError
 from ..core.files import Part, Saved, build, content, fingerprints, parts, read
 
@@ -148,7 +147,7 @@ class Bank:
             self._sources.clear()
             self._resident.clear()
             for (_, place), seat in self._seats.items():
-                unmount(_seat_name(place), seat)
+                self.registry.unmount(_seat_name(place), seat)
             self._seats.clear()
             self.registry.bank = None
             self.registry.close_if_empty()
@@ -209,9 +208,8 @@ class Bank:
         key = delta.site.module, delta.place
         if key not in self._seats:
             seat = self._seats[key] = _Seat(delta)
-            mount(_seat_name(delta.place), seat)
+            self.registry.mount(_seat_name(delta.place), seat)
             delta.site.module.relink(delta.site.module.linked)
-            self.registry.hosts.add(delta.site.module)
 
 
 class _Resident:

@@ -123,6 +123,15 @@ class Registry:
             m.training = self.model.training if before.follows else m.training
         del self.model.__dict__[_HOME]
 
+    def mount(self, name: str, delta: Any) -> None:
+        mount(name, delta)
+        self.hosts.add(delta.site.module)
+
+    def unmount(self, name: str, delta: Any) -> None:
+        unmount(name, delta)
+        if not isinstance(delta.site.module, Adapted):
+            self.hosts.discard(delta.site.module)
+
     def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
         """An adapter by name, of the model or of its bank, and what to call when it is no longer used."""
         if name in self.adapters:
@@ -390,9 +399,8 @@ class Adapter:
         done = []
         try:
             for delta in self.deltas.values():
-                mount(self.name, delta)
+                found.mount(self.name, delta)
                 done.append(delta)
-                found.hosts.add(delta.site.module)
             found.adapters[self.name] = self
             found.activate((*found.active, self.name))
         except Exception:
@@ -426,9 +434,7 @@ class Adapter:
         found = registry(self.model)
         assert found
         for delta in deltas:
-            unmount(self.name, delta)
-            if not isinstance(delta.site.module, Adapted):
-                found.hosts.discard(delta.site.module)
+            found.unmount(self.name, delta)
         del found.adapters[self.name]
         found.close_if_empty()
 
