@@ -38,8 +38,12 @@ def alone(model, names, x, row, **more):
 def agree(model, rows, x, **more):
     with graft.route(model, rows):
         together = model(input_ids=x, **more).logits
+        with torch.no_grad():
+            frozen = model(input_ids=x, **more).logits
     for i, names in enumerate(rows):
-        torch.testing.assert_close(together[i], alone(model, names, x, i, **more))
+        single = alone(model, names, x, i, **more)
+        torch.testing.assert_close(together[i], single)
+        torch.testing.assert_close(frozen[i], single)
 
 
 @pytest.mark.parametrize("method", NAMES)
