@@ -319,9 +319,7 @@ def draw(counts: list[dict], ranks: list[dict], file: Path) -> None:
     ):
         x = [line[key] for line in lines]
         for who, (mark, colour) in marks.items():
-            ax.plot(
-                x, [line[f"{who} / base, decode"] for line in lines], mark, color=colour, label=who, fillstyle="none"
-            )
+            ax.plot(x, [line[f"{who} / base"] for line in lines], mark, color=colour, label=who, fillstyle="none")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(n) for n in x])
         ax.set_xlabel(title)
