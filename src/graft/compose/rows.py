@@ -3,7 +3,8 @@
 Rows that want chains of a like kind make up a part of the batch:
 
     additive   W + B A:  y_i = f(x_i) + (x_i A_i^T) B_i^T, with the A_i, B_i padded to one rank: two batched products
-    family     deltas of one method with equal settings and shapes: what they prepared is stacked, `act` runs in vmap
+    family     deltas of one method with equal settings and shapes: what they prepared is stacked, and `act` runs once
+               for all rows: on `Rows` (rowwise.py), or in vmap where it does more, or where gradients are wanted
     alone      every other chain runs on its rows
 
 Prompts and changes of the attention product stack themselves (`Delta.stack`). What is stacked is kept while no tensor
@@ -74,7 +75,8 @@ class _Kept:
             versions = [t._version for t in now if not t.is_inference()]
         state = how, [*map(Tensor.data_ptr, now)], versions
         if self.value is None or self.value[0] != state:
-            self.value = state, make(*how)
+            with torch.autocast(now[0].device.type, enabled=False):  # as `Delta.prepared`
+                self.value = state, make(*how)
         return self.value[1]
 
 
@@ -223,7 +225,7 @@ class _Additive(_Part):
         n = len(self.rows)
         same = x.dim() == 3 and len(x) == n
         h = torch.bmm(x if same else x.reshape(n, -1, x.shape[-1]), A)
-        if own and y.dtype == h.dtype == B.dtype:
+        if own and y.is_contiguous() and y.dtype == h.dtype == B.dtype:
             (y if same else y.view(n, -1, y.shape[-1])).baddbmm_(h, B)
             return y
         return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h, B).view(y.shape)
@@ -249,7 +251,7 @@ class _Family(_Part):
     def __init__(self, host: Host, rows: list[int], count: int, chains: list[Chain]):
         super().__init__(host, rows, count, chains)
         self.one: Any = chains[0][0]
-        self.plain = host.site.kind in ("linear", "module")  # whose features lie along the last axis
+        self.plain = host.site.kind in ("linear", "module")  # whose features lie along the last axis: not a convolution
 
     def outer(self, x, y, seen, own):
         def row(x, y, seen, *prepared):
