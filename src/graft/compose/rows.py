@@ -141,22 +141,6 @@ def _split(x: Tensor, k: int) -> Tensor:
     return x.unflatten(0, (-1, k))
 
 
-class _Given:
-    """A function of which one value is known already: y at x."""
-
-    def __init__(self, inner: Any, x: Any, y: Any):
-        self.inner, self.x, self.y = inner, x, y
-
-    def __call__(self, x, *args, **kwargs):
-        return self.y if x is self.x else self.inner(x, *args, **kwargs)
-
-    weight = property(lambda self: self.inner.weight)
-    bias = property(lambda self: self.inner.bias)
-
-    def sources(self):
-        return self.inner.sources()
-
-
 class _Asked(Exception):
     """What a chain wants its host to be run on."""
 
@@ -175,6 +159,11 @@ class _Other:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.host, name)
+
+
+def _given(inner: Any, x: Any, y: Any) -> Any:
+    """A function of which one value is known already: y at x."""
+    return _Other(inner, lambda z, *more, **named: y if z is x else inner(z, *more, **named))
 
 
 def _asks(host: Host) -> Any:
@@ -210,7 +199,7 @@ class _Part:
             if isinstance(delta, Edit):
                 y = delta.edit(y, x, *seen[i], *delta.prepared(self.host, y.dtype))
             else:
-                y = delta(_Given(functools.reduce(Link, self.chains[0][:i], self.host), x, y), x)
+                y = delta(_given(functools.reduce(Link, self.chains[0][:i], self.host), x, y), x)
         return y
 
     def whole(self, host: Any, x: Tensor, more: dict[Any, Tensor], build: Build) -> Tensor:
@@ -257,7 +246,7 @@ class _Family(_Part):
         def row(x, y, seen, *prepared):
             if isinstance(self.one, Edit):
                 return self.one.edit(y, x, *seen, *prepared)
-            return self.one.act(_Given(inner(x), x, y), x, *prepared)
+            return self.one.act(_given(inner(x), x, y), x, *prepared)
 
         inner = lambda x: _of_rows(self.host) if isinstance(x, Rows) else self.host
         return self.each(row, x, y, seen[0])
@@ -388,7 +377,7 @@ class _Tensors(_Hosts):
                     asked[i] = question.x
         answers = {}
         if len({t.shape[1:] for t in asked.values()}) == 1 == len({t.dtype for t in asked.values()}):
-            joined = self.host(torch.cat([*asked.values()]))
+            joined = self.host(torch.cat([*asked.values()]) if len(asked) > 1 else next(iter(asked.values())))
             answers = dict(zip(asked, joined.split([*map(len, asked.values())])))
         elif own is not None:
             answers = {-1: self.host(own)}

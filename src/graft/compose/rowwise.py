@@ -40,8 +40,8 @@ class Rows:
     def is_floating_point(self):
         return self.all.is_floating_point()
 
-    def to(self, dtype: torch.dtype):
-        return self if dtype == self.all.dtype else Rows(self.all.to(dtype))
+    def to(self, *how, **more):
+        return self if how == (self.all.dtype,) else Rows(self.all.to(*how, **more))
 
     def reshape(self, *shape):
         return Rows(self.all.reshape(len(self.all), *(shape if isinstance(shape[0], int) else shape[0])))
@@ -57,11 +57,11 @@ class Rows:
     def transpose(self, a: int, b: int):
         return Rows(self.all.transpose(_inside(a), _inside(b)))
 
+    def sum(self, dim: Any = None, **more):
+        return Rows(self.all.sum(_inside(dim))) if isinstance(dim, int) and not more else _unsupported()
+
     def __getattr__(self, name: str):
         raise Unsupported(name)
-
-    def sum(self, dim: int):
-        return Rows(self.all.sum(_inside(dim)))
 
     def __add__(self, other):
         return _KNOWN["add"](self, other)
@@ -88,8 +88,15 @@ class Rows:
         return known(*args, **kwargs or {})
 
 
-def _unsupported():
+def _unsupported(*_):
     raise Unsupported
+
+
+for _name in (
+    "neg", "invert", "abs", "bool", "int", "float", "index", "iter", "getitem", "setitem", "eq", "ne", "lt", "le", "gt",
+    "ge", "and", "or", "xor", "pow", "rpow", "mod", "floordiv", "rsub", "rtruediv", "rmatmul",
+):  # fmt: skip
+    setattr(Rows, f"__{_name}__", _unsupported)
 
 
 def _inside(dim: int) -> int:
@@ -98,7 +105,10 @@ def _inside(dim: int) -> int:
 
 def _aligned(*values: Any) -> list[Any]:
     """Values that broadcast as those of one row do: the rows come first."""
-    wide = max(v.dim() for v in values if isinstance(v, Rows | Tensor))
+    tensors = [v for v in values if isinstance(v, Rows | Tensor)]
+    wide, narrow = max(t.dim() for t in tensors), min(t.dim() for t in tensors)
+    if not narrow and len({t.dtype for t in tensors}) > 1:  # a scalar's dtype counts for nothing, that of a vector does
+        raise Unsupported
     return [
         v.all.reshape(len(v.all), *[1] * (wide - v.dim()), *v.shape)
         if isinstance(v, Rows) and v.dim() < wide
