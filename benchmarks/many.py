@@ -239,16 +239,17 @@ def bank(args: argparse.Namespace) -> list[dict]:
         size = sum(f.stat().st_size for f in Path(folders[0]).iterdir()) / 1024
         theirs.save_pretrained(f"{folder}/peft")
         held = graft.Bank(model, capacity=args.adapters)
-        add, load, memory = [], [], [private()]
+        add, load, memory = [], [], {0: private()}
         for i, place in enumerate(folders):
             add.append(timed(lambda i=i, place=place: held.add(f"a{i}", place)))
         for i in range(args.adapters):
             load.append(timed(lambda i=i: held.load(f"a{i}")))
-            memory.append(private())
-        peft_load, peft_memory = [], [private()]
+            if i + 1 in (part, args.adapters - part, args.adapters):
+                memory[i + 1] = private()
+        peft_load, before = [], private()
         for i in range(1, args.rows):
             peft_load.append(timed(lambda i=i: theirs.load_adapter(f"{folder}/peft/a0", f"a{i}")))
-            peft_memory.append(private())
+        peft_memory = private() - before
     ids = torch.zeros(args.rows, 1, dtype=torch.long)
     opened, one, again, peft_switch = [], [], [], []
     with torch.inference_mode():
@@ -265,21 +266,21 @@ def bank(args: argparse.Namespace) -> list[dict]:
     last = args.adapters - part
     count, n = len(held), args.rows
     return [
-        {"graft": f"add one, ms: the first {part} of {count}", "value": median(add[:part])},
-        {"graft": f"add one, ms: the last {part}", "value": median(add[last:])},
-        {"graft": f"load one, ms: the first {part}", "value": median(load[:part])},
-        {"graft": f"load one, ms: the last {part}", "value": median(load[last:])},
-        {"graft": f"private memory of one, KiB: the first {part}", "value": between(0)},
-        {"graft": f"private memory of one, KiB: the last {part}", "value": between(last)},
-        {"graft": "one on disk, KiB", "value": size},
-        {"graft": "switch, ms: to one other adapter for all rows", "value": median(one)},
-        {"graft": f"switch, ms: to {n} others, one a row", "value": median(opened)},
-        {"graft": f"first forward after that, {n} x 1 tokens, ms", "value": median([t[0] for t in again])},
-        {"graft": "every later one, ms", "value": median([statistics.median(t[1:]) for t in again])},
-        {"graft": "PEFT: load the 2nd, ms", "value": peft_load[0]},
-        {"graft": f"PEFT: load the {n}th, ms", "value": statistics.median(peft_load[-3:])},
-        {"graft": f"PEFT: private memory of one, KiB: {n}", "value": (peft_memory[-1] - peft_memory[0]) / (n - 1)},
-        {"graft": "PEFT: switch to one other for all rows, ms", "value": median(peft_switch)},
+        {"": f"add one, ms: the first {part} of {count}", "measured": median(add[:part])},
+        {"": f"add one, ms: the last {part}", "measured": median(add[last:])},
+        {"": f"load one, ms: the first {part}", "measured": median(load[:part])},
+        {"": f"load one, ms: the last {part}", "measured": median(load[last:])},
+        {"": f"private memory of one, KiB: the first {part}", "measured": between(0)},
+        {"": f"private memory of one, KiB: the last {part}", "measured": between(last)},
+        {"": "one on disk, KiB", "measured": size},
+        {"": "switch, ms: to one other adapter for all rows", "measured": median(one)},
+        {"": f"switch, ms: to {n} others, one a row", "measured": median(opened)},
+        {"": f"first forward after that, {n} x 1 tokens, ms", "measured": median([t[0] for t in again])},
+        {"": "every later one, ms", "measured": median([statistics.median(t[1:]) for t in again])},
+        {"": "PEFT: load the 2nd, ms", "measured": peft_load[0]},
+        {"": f"PEFT: load the {n}th, ms", "measured": statistics.median(peft_load[-3:])},
+        {"": f"PEFT: private memory of one, KiB: {n}", "measured": peft_memory / (n - 1)},
+        {"": "PEFT: switch to one other for all rows, ms", "measured": median(peft_switch)},
     ]
 
 
