@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 import graft
 from graft import methods
@@ -27,9 +29,11 @@ def agree(model, rows, x, **more):
     with graft.route(model, rows):
         together = model(input_ids=x, **more).logits
         with torch.no_grad():
-            torch.testing.assert_close(model(input_ids=x, **more).logits, together)
+            frozen = model(input_ids=x, **more).logits
     for i, names in enumerate(rows):
-        torch.testing.assert_close(together[i], alone(model, names, x, i, **more))
+        single = alone(model, names, x, i, **more)
+        torch.testing.assert_close(together[i], single)
+        torch.testing.assert_close(frozen[i], single)
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -109,6 +113,40 @@ def test_generation_follows_the_rows(how):
         graft.activate(model, *([names] if names else []))
         single = model.generate(x[i : i + 1], attention_mask=mask[i : i + 1], **how, **more)
         assert torch.equal(together.sequences[i * several : (i + 1) * several], single.sequences)
+
+
+def test_a_matrix_is_read_once_for_all_rows():
+    model, x = mixed_model(methods=["lora", "dora", "oft", "hra", "ia3"]), tokens(7)
+    rows, read = ["lora", "oft", "dora", None, "hra", "oft", "ia3"], []
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.linear:
+                read.append(id(args[1]))
+            return func(*args, **kwargs or {})
+
+    with torch.no_grad(), graft.route(model, rows):
+        model(input_ids=x)  # prepares
+        with Reads():
+            model(input_ids=x)
+    hosts = [id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {read.count(host) for host in hosts} == {1}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(autocast):
+    model, x = llama(torch.float32 if autocast else torch.bfloat16), tokens(10)
+    for i in range(2):
+        for method in ("lora", "dora", "oft", "houlsby", "ia3"):
+            attach(model, method, f"{method}{i}", seed=i)
+    rows = list(graft.adapters(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with graft.route(model, rows):
+            together = model(input_ids=x).logits
+        single = torch.stack([alone(model, name, x, i) for i, name in enumerate(rows)])
+    assert together.dtype == single.dtype
+    norm = lambda t: t.float().flatten(1).norm(dim=1)
+    assert (norm(together - single) < 2**-7 * norm(single)).all()  # what one rounding to bfloat16 loses
 
 
 def test_left_padding_and_prompts_of_different_lengths():
