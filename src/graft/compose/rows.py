@@ -75,7 +75,7 @@ class _Kept:
             versions = [t._version for t in now if not t.is_inference()]
         state = how, [*map(Tensor.data_ptr, now)], versions
         if self.value is None or self.value[0] != state:
-            with torch.autocast(now[0].device.type, enabled=False):  # as `Delta.prepared`
+            with torch.autocast(now[0].device.type if now else "cpu", enabled=False):  # as `Delta.prepared`
                 self.value = state, make(*how)
         return self.value[1]
 
