@@ -1,7 +1,7 @@
 """Many adapters at once: rows of one batch served by different ones, and a bank of a thousand.
 
     python benchmarks/many.py [loras mixed bank curves ...] [--width 1024] [--layers 2] [--rows 32] [--threads 1]
-                              [--dtype fp32] [--rounds 7] [--quick] [--plots FOLDER] [--json FILE]
+                              [--dtype fp32] [--rounds 7] [--quick] [--plots FILE] [--json FILE]
 
 The model is a Llama with random weights, the adapters are frozen and away from their start. `prefill` is a forward of
 32 new tokens a row, `decode` of one new token a row with 32 tokens in the cache, both in inference mode.
@@ -11,7 +11,7 @@ The model is a Llama with random weights, the adapters are frozen and away from 
     mixed    as many different adapters of one method as rows, against one adapter of it for all rows; then six methods
              in one batch, against the mean of what these six cost by themselves
     bank     1,000 adapters on disk: adding, loading, memory, and a switch between those that are resident
-    curves   one step of decoding against the number of different LoRAs and against their rank; drawn with --plots
+    curves   one step of decoding against the number of different LoRAs and against their rank, drawn as many.svg
 
 All contestants of a line share the base's weights and take turns; only ratios within a round count. Each line has a
 process of its own, because peers keep models alive.
