@@ -20,7 +20,7 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -108,9 +108,7 @@ class Chapters(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.validation + self.test >= 1:
-            raise GraftError(
-                f"validation={self.validation}, test={self.test}: the shares must not be negative and sum to less than 1"
-            )
+            raise GraftError(f"validation={self.validation}, test={self.test}: the two shares must sum to less than 1")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -150,9 +148,7 @@ class Chapters(Task):
             if sum(len(texts) for texts in objects.values()) >= self.min_texts
         }
         if not chapters:
-            raise GraftError(
-                f"min_texts={self.min_texts}: no chapter of this interpreter's library has so many texts"
-            )
+            raise GraftError(f"min_texts={self.min_texts}: no chapter of this interpreter's library has so many texts")
         return chapters
 
 
@@ -161,7 +157,7 @@ def clean(docstring: str) -> str:
     return " ".join(re.sub(r"^[ \t]*>>>.*?(?:\n[ \t]*\n|\Z)", "\n", docstring, flags=re.M | re.S).split())
 
 
-@cache
+@lru_cache(maxsize=2)
 def _objects(min_words: int) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
     """{chapter: {top-level object: [(text, module, qualified name), ...]}}, each text once."""
     same: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
@@ -193,16 +189,20 @@ def _docstrings() -> list[tuple[str, str, str]]:
     return sorted({*_python_docstrings(), *_c_docstrings()})
 
 
-def _python_docstrings() -> Iterator[tuple[str, str, str]]:
-    """(module, qualified name, docstring) of every function and class in the library's sources."""
+def sources() -> Iterator[tuple[str, bytes]]:
+    """(module, source) of the library's modules that are written in Python."""
     root = Path(sysconfig.get_path("stdlib"))
     for top in CHAPTER_OF:
-        sources = [root / f"{top}.py", *(root / top).rglob("*.py")]
-        for source in sources:
-            parts = source.relative_to(root).with_suffix("").parts
-            if source.is_file() and not {"test", "tests", "_bundled"} & set(parts):
-                module = ".".join(parts).removesuffix(".__init__")
-                yield from ((module, *found) for found in _definitions(ast.parse(source.read_bytes()), ""))
+        for file in [root / f"{top}.py", *(root / top).rglob("*.py")]:
+            parts = file.relative_to(root).with_suffix("").parts
+            if file.is_file() and not {"test", "tests", "_bundled"} & set(parts):
+                yield ".".join(parts).removesuffix(".__init__"), file.read_bytes()
+
+
+def _python_docstrings() -> Iterator[tuple[str, str, str]]:
+    """(module, qualified name, docstring) of every function and class in the library's sources."""
+    for module, source in sources():
+        yield from ((module, *found) for found in _definitions(ast.parse(source), ""))
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,9 @@ def in_steps(task: Task, found: Mapping[str, list[Row]], steps: int, step: int) 
     """
     classes = list(task.labels or ())
     if not step <= steps <= len(classes):
-        raise GraftError(f"step={step} of steps={steps}: there are {len(classes)} classes, so 1 <= step <= steps <= that")
+        raise GraftError(
+            f"step={step} of steps={steps}: there are {len(classes)} classes, so 1 <= step <= steps <= that"
+        )
     if steps > 1:
         task.draw("steps").shuffle(classes)
     arrives = {label: i * steps // len(classes) + 1 for i, label in enumerate(classes)}
