@@ -1,7 +1,6 @@
 """Python code after the prose that describes it."""
 
 import ast
-import inspect
 import textwrap
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -90,6 +89,17 @@ def _functions(module: str, lines: list[str], tree: ast.AST) -> Iterator[Functio
             docstring, said = ast.get_docstring(node), node.body[0]
             # Whole lines are taken, so nothing else may stand on those of the docstring.
             if docstring and said.lineno > node.lineno and (said.end_lineno or 0) < node.body[1].lineno:
-                kept = lines[node.lineno - 1 : said.lineno - 1] + lines[said.end_lineno : node.end_lineno]
-                code = "\n".join(line.rstrip() for line in kept if line.strip())
-                yield Function(module, node.name, inspect.cleandoc(docstring), textwrap.dedent(code) + "\n")
+                head, body = lines[node.lineno - 1 : said.lineno - 1], lines[said.end_lineno : node.end_lineno]
+                rest = textwrap.dedent("\n".join([*head, "\n".join(body).strip("\n")])) + "\n"
+                if _same(rest, node):
+                    yield Function(module, node.name, docstring, rest)
+
+
+def _same(code: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether code is what `node` is without its docstring: strings over several lines may not survive the dedent."""
+    try:
+        (found,) = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return False
+    assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
+    return [ast.dump(part) for part in found.body] == [ast.dump(part) for part in node.body[1:]]

@@ -31,7 +31,7 @@ class DigitsShifted(Digits):
         "test": "the stream of shifted images",
         "clean": "the images of the stream as they are, in the same order",
     }
-    digest = ""
+    digest = "bb4322908fe814fe7e67f2d4244bc60998b93a7d295a0d934b5b0323bdfa7ddf"
 
     shift: Annotated[Literal["rotation", "noise", "contrast", "labels"], "what changes"] = "rotation"
     severity: Annotated[float, "how much, at its highest", Range(0, 5)] = 3.0

@@ -20,14 +20,16 @@ def chrf(said: Sequence[str], right: Sequence[str]) -> float:
     """chrF2 of the whole corpus, from 0 to 1: (1 + b^2) P R / (b^2 P + R), b = 2.
 
     P and R are the means over n = 1..6 of the precision and recall of character n-grams, white space removed, counted
-    over all answers together; an n that one of the two sides has no n-gram of is left out, as sacreBLEU does.
+    over all answers together. As in sacreBLEU, an answer has no n-grams where the right one is too short for any, and
+    an n that one of the two sides has no n-gram of is left out.
 
     chrF: character n-gram F-score for automatic MT evaluation. Popović, 2015. https://aclanthology.org/W15-3049
     """
     precisions, recalls = [], []
     for n in range(1, LONGEST + 1):
         pairs = [(_ngrams(s, n), _ngrams(r, n)) for s, r in zip(said, right, strict=True)]
-        given, wanted = (sum(side.total() for side in sides) for sides in zip(*pairs))
+        given = sum(s.total() for s, r in pairs if r)
+        wanted = sum(r.total() for _, r in pairs)
         if given and wanted:
             shared = sum((s & r).total() for s, r in pairs)
             precisions.append(shared / given)

@@ -41,7 +41,7 @@ class Prefer(Rewrites):
     }
     metrics = (reward, exact_match)
     target = "chosen"
-    digest = ""
+    digest = "8636cd1c55d4e00143f0047a135ec7ed35b9c03a587d7bd2a6b4fe15a8513cec"
 
     noise: Annotated[float, "probability that a pair of the train split is flipped", Range(0, 1)] = 0.0
 

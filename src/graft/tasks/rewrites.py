@@ -40,7 +40,7 @@ class Rewrites(Task):
         "seen": "the rules of train, in instructions that train does not have",
         "deeper": "the rules of train, one more in each instruction",
     }
-    digest = ""
+    digest = "e9cf0d27dd82271865639695e3806f68b1edffda279e093215ed2dae477dc4f1"
 
     rules: Annotated[int, "different rules in the train split", Range(1)] = 512
     examples: Annotated[int, "rows of the train split", Range(1)] = 4096
