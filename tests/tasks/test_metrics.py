@@ -15,7 +15,7 @@ def test_exact_match_and_accuracy():
 
 
 def test_chrf_by_hand():
-    # "abc" for "abd": 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple; precision is recall, and longer n-grams are left out.
+    # "abc" for "abd": 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple; precision is recall, longer n-grams do not count.
     assert chrf(["abc"], ["abd"]) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     # "ab" for "abcd": precision 1, 1; recall 2/4, 1/3; b = 2.
     p, r = 1, (2 / 4 + 1 / 3) / 2

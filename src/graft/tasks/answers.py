@@ -38,7 +38,7 @@ WORDINGS: dict[str, tuple[str, str, str, str]] = {
 LEARNT, VALIDATION, TEST = slice(0, 2), slice(2, 3), slice(3, 4)
 OBJECTS: dict[str, str] = {
     "birthplace": "Lisbon Oslo Cairo Lima Quito Hanoi Dakar Riga Turin Porto Kyoto Perth Leeds Basel Ghent Malmo",
-    "work": "baker nurse glazier pilot judge tailor plumber teacher miner barber potter clerk welder florist diver cook",
+    "work": "baker nurse glazier pilot judge tailor plumber teacher miner barber potter clerk welder tanner diver cook",
     "instrument": "piano violin flute harp cello drums trumpet guitar oboe organ banjo tuba viola lute horn zither",
     "animal": "cat dog rabbit parrot turtle goat pony hamster lizard goose ferret pigeon snake donkey frog carp",
 }
@@ -76,7 +76,7 @@ class Answers(Task):
         "forget_reworded": "the same in the wordings of validation and test",
         "retain": "all facts of the other known people, as in train",
     }
-    digest = "1b9f7a9b01622ccd7eb6ef0b81f0bf5ffd594ecfb2be664dcde2d161e1836560"
+    digest = "f19de0eb0fad7fb7562806537ffcfda7668eb355676b2f26088db8a3da589a90"
 
     people: Annotated[int, "known people, with four facts each", Range(2)] = 128
     strangers: Annotated[int, "people whom train does not name", Range(1)] = 32

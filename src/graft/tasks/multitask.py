@@ -26,9 +26,9 @@ class Multitask(Task):
     Each of 32 words is a step of length 1 in a direction of its own, evenly spread around the circle in an order that
     the seed draws. A text is a journey of different steps; the answer to a task is yes if their sum lies on the side
     of that direction. Two tasks whose directions are an angle a apart give the same answer for a share 1 - a / 180° of
-    the texts, exactly by symmetry and up to chance in a sample: so `relatedness` is known, from 1 over 1/2 (nothing in
-    common) to 0 (the opposite). With `task=all` the rows of the eight tasks stand in one split, each text under all of
-    them; the prompt always names the task.
+    the texts, exactly by symmetry and up to chance in a sample: so their `relatedness` is known, 3/4 for neighbours,
+    then 1/2 (nothing in common), 1/4, and 0 for opposites. With `task=all` the rows of the eight tasks stand in one
+    split, each text under all of them; the prompt always names the task.
     """
 
     name = "multitask"

@@ -40,7 +40,7 @@ def evaluate(
     if set(getattr(given, "metrics", ())) <= metrics.keys():
         return metrics
     said = predict(
-        model, examples, objective=chosen.name, processor=chosen.processor, labels=labels, max_length=max_length,
+        model, examples, objective=chosen.name, processor=chosen.processor, labels=chosen.labels, max_length=max_length,
         batch_size=batch_size, precision=precision, **(given.generation if chosen.generates else {}),
     )  # fmt: skip
     return given.score(said) | metrics
