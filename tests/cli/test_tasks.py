@@ -139,3 +139,13 @@ def test_images_of_a_task_are_images():
     assert library.evaluate(model, rows, processor=processor)["loss"] > 0
     said = predict(model, rows.select([0, 1, 2]), processor=processor, labels=rows.labels)
     assert {p["label"] for p in said} <= set("0123456789")
+
+
+def test_texts_give_knobs_of_every_kind():
+    made, split = tasks.parse("digits-shifted, shift=noise, severity=2, stream=rising, split=clean, seed=3")
+    assert (made.shift, made.severity, made.stream, made.seed, split) == ("noise", 2, "rising", 3, "clean")
+    assert tasks.parse("prefer,noise=0.25")[0] == tasks.task("prefer", noise=0.25)
+    for text, said in {"digits-shifted,shift=rotate": "shift must be 'rotation' or 'noise'", "prefer,noise=2": "not 2",
+                       "rewrites,rules=1.5": "not 1.5", "rewrites,rules=": "not ''"}.items():  # fmt: skip
+        with pytest.raises(library.GraftError, match=said):
+            tasks.parse(text)

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 
 from graft import tasks
+from graft.tasks import code
 from graft.tasks.code import functions
 
 
@@ -38,3 +39,26 @@ def test_names_are_not_said_in_the_prompt():
         name = row["completion"].strip()
         assert name.isidentifier() and name.lower() not in row["prompt"].removesuffix("def").lower()
         assert row["prompt"].endswith('"""\ndef') and not (name.startswith("__") and name.endswith("__"))
+
+
+def test_code_that_would_change_is_left_out(monkeypatch):
+    source = b'''
+class A:
+    \x0c
+    def kept(self):
+        """Say one."""
+
+        return 1
+    def strung(self):
+        """Say two."""
+        return """
+    two"""
+    def short(self):
+        """Say nothing."""
+'''
+    monkeypatch.setattr(code, "sources", lambda: [("here", source)])
+    code.functions.cache_clear()
+    try:
+        assert functions() == [("here", "kept", "Say one.", "def kept(self):\n    return 1\n")]
+    finally:
+        code.functions.cache_clear()

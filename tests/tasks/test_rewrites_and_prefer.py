@@ -103,6 +103,9 @@ def test_noise_flips_that_share_of_the_train_pairs_and_nothing_else():
 
 def test_preferences_stand_on_the_instructions_of_rewrites():
     rows = tasks.load("prefer", split="test")
+    plain = tasks.load("rewrites", split="test")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in plain]
+    assert [rows.task.answer(row) for row in rows] == [row["completion"] for row in plain]
     assert rows.score([row["chosen"] for row in rows])["reward"] > rows.score([r["rejected"] for r in rows])["reward"]
     mixed = [row["chosen"] if i % 2 else "" for i, row in enumerate(rows)]
     mean = sum(reward(r["prompt"], r["chosen"]) for r in rows[1::2]) / len(rows)

@@ -48,7 +48,7 @@ def tasks(
         print_facts({k: _short(v) for k, v in example.items()}, "An example of train")
 
 
-def _short(value: Any) -> Any:
-    """A text or an array, cut off."""
-    text = str(value)
-    return f"{text[:300]} ..." if len(text) > 300 else value if not isinstance(value, str) else repr(value)
+def _short(value: Any) -> str:
+    """As Python writes it, cut off."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 from ..core.errors import GraftError
-from ..core.hyper import Range, check, hyperparameters
+from ..core.hyper import Hyper, Range, check, hyperparameters
 from .metrics import exact_match
 
 TASKS: dict[str, type["Task"]] = {}
@@ -181,7 +181,7 @@ def parse(text: str) -> tuple[Task, str | None]:
             raise GraftError(f"task:{text}: {setting!r} is no setting of a knob, such as seed=1")
         given[knob.strip()] = value.strip()
     split, known = given.pop("split", None), hyperparameters(find(name))
-    return task(name, **{k: _value(v, known[k].kinds) if k in known else v for k, v in given.items()}), split
+    return task(name, **{k: _value(v, known[k]) if k in known else v for k, v in given.items()}), split
 
 
 def find(name: str) -> type[Task]:
@@ -245,14 +245,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return nearest(name, known)
 
 
-def _value(text: str, kinds: Sequence[Any]) -> Any:
-    """What a text says, as the first of `kinds` that can be read from it; `check` refuses it otherwise."""
-    for kind in (k for k in kinds if k in (int, float)):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _value(text: str, knob: Hyper) -> Any:
+    """What a text says: itself, if the knob takes that, or a number or truth value as JSON writes it."""
+    try:
+        return text if knob.accepts(text) else json.loads(text)
+    except ValueError:
+        return text
 
 
 def _listed(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Python code after the prose that describes it."""
 
 import ast
+import re
 import textwrap
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def functions() -> list[Function]:
     """The functions and methods with a docstring and more than that, no docstring and no code twice."""
     found: dict[str, Function] = {}
     for module, source in sources():
-        lines = source.decode("utf-8", errors="replace").splitlines()
+        # Lines as the parser counts them: a form feed ends none.
+        lines = re.split("\r?\n", source.decode("utf-8", errors="replace"))
         for function in _functions(module, lines, ast.parse(source)):
             found.setdefault(function.docstring, function)
     return sorted({function.code: function for function in sorted(found.values(), reverse=True)}.values())
@@ -101,5 +103,6 @@ def _same(code: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         (found,) = ast.parse(code).body
     except (SyntaxError, ValueError):
         return False
-    assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
-    return [ast.dump(part) for part in found.body] == [ast.dump(part) for part in node.body[1:]]
+    return type(found) is type(node) and [ast.dump(part) for part in found.body] == [
+        ast.dump(part) for part in node.body[1:]
+    ]
