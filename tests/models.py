@@ -60,7 +60,9 @@ def move(adapter, by=0.2, seed=1):
 def attach(model, method, name, seed=1, targets=None, **hyper):
     """An adapter of any method with its small hyperparameters, away from its start."""
     import graft
+    from graft import methods
 
+    methods.load()
     cls = graft.METHODS[method]
     hyper, stats = cls.small | hyper, None
     targets = targets or ("lm_head" if method == "full" else None)

@@ -265,7 +265,9 @@ def test_saved_and_loaded_is_bit_identical(name, host, tmp_path):
     adapted, adapter = adapt(name, model, target, x)
     adapter.save(tmp_path / "adapter")
     again = copy.deepcopy(model).eval()
+    random = torch.get_rng_state()
     loaded = graft.load(again, tmp_path / "adapter", trainable=True)  # torch folds products by this flag
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(run(again, x), run(adapted, x))
     assert loaded.recipe.hyper == adapter.recipe.hyper
     loaded.detach()
@@ -473,11 +475,14 @@ def test_rows_of_one_batch_use_different_deltas(name, host):
     for seed in range(3):
         move(graft.attach(model, name, target, name=f"a{seed}", seed=seed, stats=stats, **cls.small), seed=seed)
     rows = ["a2", None, "a0"]
-    with graft.route(model, rows):
-        together = run(model, x)
-    for i, row in enumerate(rows):
-        graft.activate(model, *([row] if row else []))
-        torch.testing.assert_close(together[i], run(model, x[i : i + 1])[0])
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), graft.route(model, rows):
+            together = run(model, x)
+            twice = run(model, x.repeat_interleave(2, 0))[::2]
+        for i, row in enumerate(rows):
+            graft.activate(model, *([row] if row else []))
+            torch.testing.assert_close(together[i], run(model, x[i : i + 1])[0])
+            torch.testing.assert_close(twice[i], together[i])
 
 
 @each_first

@@ -1,7 +1,9 @@
 """A bank of adapters behind one model: bounded, exact, and safe to change while it serves."""
 
+import copy
 import gc
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -187,6 +189,9 @@ def test_refusals(adapters, tmp_path):
     with pytest.raises(graft.GraftError, match="several adapters: add each of them"):
         bank.add("both", tmp_path / "both")
     bank.add("a", tmp_path / "both" / "a")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(graft.GraftError, match="close the bank first"):
+            copied(model)
 
 
 def test_adapters_of_the_model_and_of_memory(adapters):

@@ -1,6 +1,7 @@
 """Adapters on whole models: chains, switching, freezing, heads, awkward hosts."""
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -325,7 +326,6 @@ def test_float32_masters_beside_a_bfloat16_base_keep_no_activation_twice():
 
 
 def test_adapted_classes_look_like_their_hosts():
-    import inspect
 
     model = llama()
     host = model.model.layers[0].self_attn.q_proj
@@ -498,3 +498,28 @@ def test_running_statistics_of_the_base_stay_as_they_are(method, targets, heads,
     assert [(p, t, a, c, f) for p, t, a, c, f, _ in picture(model)] == [(p, t, a, c, f) for p, t, a, c, f, _ in before]
     model.train()(torch.randn(5, 3, 8, 8))
     assert not torch.equal(model.norm.running_mean, buffers["norm.running_mean"])
+
+
+class OwnArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x, adapters=None):
+        return self.proj(x) if adapters is None else self.proj(x) + adapters
+
+
+def test_a_model_keeps_an_argument_of_its_own_called_adapters():
+    model, x = OwnArgument(), torch.randn(2, 4)
+    expect = model(x, adapters=1.0)
+    graft.attach(model, "lora", "proj")
+    assert torch.equal(model(x, adapters=1.0), expect)
+
+
+def test_generate_looks_as_before():
+    model = llama()
+    before, doc = inspect.signature(model.generate), model.generate.__doc__
+    adapter = graft.attach(model, "lora")
+    assert inspect.signature(model.generate) == before and model.generate.__doc__ == doc
+    adapter.detach()
+    assert "generate" not in model.__dict__

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter, check_name, open_registry
-from ..core.delta import mount, unmount
 from ..core.errors import GraftError
-from ..core.files import Part, Saved, build, fingerprints, parts, read
+from ..core.files import Part, Saved, build, content, fingerprints, parts, read
 
 
 class Bank:
@@ -67,7 +66,8 @@ class Bank:
         if isinstance(adapter, Adapter):
             if adapter.model is not self.registry.model:
                 raise GraftError(f"adapter {adapter.name!r} is of another model: save it, and add its folder")
-            source = _kept(adapter)
+            source = content(adapter)
+            source.tensors = {key: value.detach().to("cpu", copy=True) for key, value in source.tensors.items()}
         else:
             source, *others = parts(adapter)
             if others or source.name:
@@ -147,10 +147,13 @@ class Bank:
             self._sources.clear()
             self._resident.clear()
             for (_, place), seat in self._seats.items():
-                unmount(_seat_name(place), seat)
+                self.registry.unmount(_seat_name(place), seat)
             self._seats.clear()
             self.registry.bank = None
             self.registry.close_if_empty()
+
+    def __reduce_ex__(self, protocol):
+        raise GraftError("a model with a bank cannot be copied or pickled: close the bank first")
 
     def __enter__(self) -> "Bank":
         return self
@@ -205,25 +208,8 @@ class Bank:
         key = delta.site.module, delta.place
         if key not in self._seats:
             seat = self._seats[key] = _Seat(delta)
-            mount(_seat_name(delta.place), seat)
+            self.registry.mount(_seat_name(delta.place), seat)
             delta.site.module.relink(delta.site.module.linked)
-            self.registry.hosts.add(delta.site.module)
-
-
-def _kept(adapter: Adapter) -> Saved:
-    """A copy of an adapter in main memory."""
-    heads = [path for path, _ in adapter.heads]
-    state = adapter.state_dict()
-    return Saved(
-        adapter.recipe,
-        [path for path in adapter.deltas if path not in heads],
-        heads,
-        {key: value.detach().to("cpu", copy=True) for key, value in state.items()},
-        adapter.targets,
-        seed=adapter.seed,
-        dtype=next((t.dtype for t in state.values() if t.is_floating_point()), None),
-        task=adapter.task,
-    )
 
 
 class _Resident:

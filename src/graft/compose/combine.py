@@ -105,7 +105,7 @@ def combine(
     taken = _taken(model, weights, name)
     arithmetic, first = _arithmetic(method, options), next(iter(taken.values()))
     if method == "sum" and [*weights.values()] == [1] and rank is None and into in (None, first.recipe.method.name):
-        adapter = _built(model, _copy(first), name)
+        adapter = _built(model, files.content(first), name)
         return attached(adapter, dict.fromkeys(adapter.deltas, Loss()), weights)
     for label, adapter in taken.items():
         if not is_finite(adapter.state_dict().values()):
@@ -249,6 +249,11 @@ class Plan:
                     key = full.removeprefix(prefix)
                     if key not in base:
                         raise GraftError(f'{full} is new, which full cannot add: choose into="lora"')
+                    if new.shape != base[key].shape:
+                        raise GraftError(
+                            f"{full} has shape {tuple(new.shape)} in an adapter and {tuple(base[key].shape)} in the "
+                            f"model: a head of another size has no difference from the base's that could be combined"
+                        )
                     if new.is_floating_point():
                         changes[key].append(source.weight * (wide(new) - wide(base[key])))
         combined = {key: self.arithmetic(own) for key, own in changes.items() if own}
@@ -289,15 +294,6 @@ def _arithmetic(method: str, options: dict[str, Any]) -> Callable[[list[Tensor]]
     if missing := [key for key, one in known.items() if one.required and key not in options]:
         raise GraftError(f"{method} needs {missing[0]}: {known[missing[0]].doc}")
     return None if function is None else partial(function, **options)
-
-
-def _copy(adapter: Adapter) -> files.Saved:
-    heads = [path for path, _ in adapter.heads]
-    modules = [path for path in adapter.deltas if path not in heads]
-    return files.Saved(
-        adapter.recipe, modules, heads, adapter.state_dict(), adapter.targets, seed=adapter.seed,
-        dtype=files.dtype_of(adapter), task=adapter.task,
-    )  # fmt: skip
 
 
 def _built(model: nn.Module, saved: files.Saved, name: str) -> Adapter:

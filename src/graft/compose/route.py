@@ -33,8 +33,9 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Iterator["Route"]:
 
     A batch of k len(rows) rows counts as k rows each (beams, several answers a prompt). The same is `adapters=rows` as
     an argument of the model's forward and of `generate`. It holds for the thread that opened it. Gradients of a row
-    reach its own adapters; call backward inside where activations are checkpointed. An adapter that is replaced or
-    detached meanwhile stays as it was. Heads of different sizes: missing outputs are -inf.
+    reach its own adapters; call backward inside where activations are checkpointed. An adapter of a bank that is
+    replaced meanwhile stays as it was; one of the model cannot leave. Heads of different sizes: missing outputs are
+    -inf.
 
     GraftError for a name that is not there, a batch of another size, a module that mixes rows, and a full bank.
     """

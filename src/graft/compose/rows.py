@@ -3,7 +3,8 @@
 Rows that want chains of a like kind make up a part of the batch:
 
     additive   W + B A:  y_i = f(x_i) + (x_i A_i^T) B_i^T, with the A_i, B_i padded to one rank: two batched products
-    family     deltas of one method with equal settings and shapes: what they prepared is stacked, `act` runs in vmap
+    family     deltas of one method with equal settings and shapes: what they prepared is stacked, and `act` runs once
+               for all rows: on `Rows` (rowwise.py), or in vmap where it does more, or where gradients are wanted
     alone      every other chain runs on its rows
 
 Prompts and changes of the attention product stack themselves (`Delta.stack`). What is stacked is kept while no tensor
@@ -14,9 +15,11 @@ gets [n k, features].
 """
 
 import functools
+import itertools
+import operator
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from ..core.delta import Adapted, Delta, Edit, Host, Link, first_input, own_func
 from ..core.errors import GraftError
 from ..core.site import LinearSite
 from ..core.stacked import neighbours
+from .rowwise import Rows, Unsupported
 
 Chain = tuple[Delta, ...]
 Some = Callable[[list[int]], AbstractContextManager]
@@ -64,11 +68,19 @@ class _Kept:
     def __call__(self, make: Callable, *how: Any) -> Any:
         if torch.is_grad_enabled():
             return make(*how)
-        now = [t for d in self.sources for t in d.values() if t is not None]
-        state = [*how, [t.data_ptr() for t in now], [t._version for t in now if not t.is_inference()]]
+        now = [t for t in itertools.chain.from_iterable(map(dict.values, self.sources)) if t is not None]
+        try:
+            versions = [*map(_VERSION, now)]
+        except RuntimeError:  # what was made in inference mode has none
+            versions = [t._version for t in now if not t.is_inference()]
+        state = how, [*map(Tensor.data_ptr, now)], versions
         if self.value is None or self.value[0] != state:
-            self.value = state, make(*how)
+            with torch.autocast(now[0].device.type if now else "cpu", enabled=False):  # as `Delta.prepared`
+                self.value = state, make(*how)
         return self.value[1]
+
+
+_VERSION = operator.attrgetter("_version")
 
 
 # Prompts and changes of the attention product
@@ -110,72 +122,105 @@ class _Stacked:
 Build = Callable[[dict], tuple[list, dict]]  # further arguments of a call, by position or name -> all of them
 
 
-class _Rows(list):
-    """Numbers of rows, and how to take them out of a tensor of `count` rows."""
+class _Numbers(list):
+    """Numbers of rows, and how to take them out of a tensor of `count` rows, each of k neighbours."""
 
     def __init__(self, rows: list[int], count: int):
         super().__init__(rows)
         self.all, self.at = rows == list(range(count)), torch.tensor(rows, dtype=torch.long)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, k: int) -> Tensor:
         if self.all:
             return x
         self.at = self.at.to(x.device)
-        return x.index_select(0, self.at)
+        return x.index_select(0, self.at) if k == 1 else _split(x, k).index_select(0, self.at).flatten(0, 1)
 
 
-class _Given:
+def _split(x: Tensor, k: int) -> Tensor:
+    """[n k, ...] as [n, k, ...]."""
+    return x.unflatten(0, (-1, k))
+
+
+class _Asked(Exception):
+    """What a chain wants its host to be run on."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+
+class _Other:
+    """A host with another function."""
+
+    def __init__(self, host: Any, call: Callable):
+        self.host, self.call = host, call
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.host, name)
+
+
+def _given(inner: Any, x: Any, y: Any) -> Any:
     """A function of which one value is known already: y at x."""
+    return _Other(inner, lambda z, *more, **named: y if z is x else inner(z, *more, **named))
 
-    def __init__(self, inner: Any, x: Any, y: Any):
-        self.inner, self.x, self.y = inner, x, y
 
-    def __call__(self, x, *args, **kwargs):
-        return self.y if x is self.x else self.inner(x, *args, **kwargs)
+def _asks(host: Host) -> Any:
+    def call(x):
+        raise _Asked(x)
 
-    weight = property(lambda self: self.inner.weight)
-    bias = property(lambda self: self.inner.bias)
+    return _Other(host, call)
 
-    def sources(self):
-        return self.inner.sources()
+
+def _told(host: Host, y: Tensor) -> Any:
+    """A host that has been run on what its chain asks for first."""
+    answers = [y]
+    return _Other(host, lambda x: answers.pop() if answers else host(x))
+
+
+def _of_rows(host: Any) -> Any:
+    """A host's function for all rows at once, as `act` sees that of one row."""
+    return _Other(host, lambda x: Rows(host(x.all.flatten(0, 1)).unflatten(0, (len(x.all), -1))))
 
 
 class _Part:
     """Some rows: those of the base, without a chain, or those of one chain."""
 
     def __init__(self, host: Host, rows: list[int], count: int, chains: list[Chain]):
-        self.host, self.rows, self.chains = host, _Rows(rows, count), chains
+        self.host, self.rows, self.chains = host, _Numbers(rows, count), chains
         self.deltas: list[Any] = list(dict.fromkeys(d for chain in chains for d in chain))
         self.outside = all(d.passes_x for d in self.deltas)  # f(x) is all that it needs of the host's function
         self.kept = _Kept([s for d in self.deltas for s in d.sources()] + host.sources())
 
-    def outer(self, x: Tensor, y: Tensor, seen: Seen) -> Tensor:
-        """The outputs [m, k, ...] for x [m, k, ...] and what the host gives for it, y."""
-        k, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
+    def outer(self, x: Tensor, y: Tensor, seen: Seen, own: bool) -> Tensor:
+        """The outputs [m k, ...] for x [m k, ...] and what the host gives for it, y; `own`: y may be written to."""
         for i, delta in enumerate(self.chains[0]):
             if isinstance(delta, Edit):
-                own = delta.prepared(self.host, y.dtype)
-                y = delta.edit(y, x, *(t if t is None else t.flatten(0, 1) for t in seen[i]), *own)
+                y = delta.edit(y, x, *seen[i], *delta.prepared(self.host, y.dtype))
             else:
-                y = delta(_Given(functools.reduce(Link, self.chains[0][:i], self.host), x, y), x)
-        return y.unflatten(0, (-1, k))
+                y = delta(_given(functools.reduce(Link, self.chains[0][:i], self.host), x, y), x)
+        return y
 
-    def whole(self, x: Tensor, more: dict[Any, Tensor], build: Build) -> Tensor:
-        """The outputs [m, k, ...] for x and more arguments [m, k, ...]."""
-        k = x.shape[1]
-        args, kwargs = build({key: t.flatten(0, 1) for key, t in more.items()})
-        chain = functools.reduce(Link, self.chains[0], self.host)
-        return _first(chain(x.flatten(0, 1), *args, **kwargs)).unflatten(0, (-1, k))
+    def whole(self, host: Any, x: Tensor, more: dict[Any, Tensor], build: Build) -> Tensor:
+        """The outputs [m k, ...] for x and more arguments [m k, ...]."""
+        args, kwargs = build(more)
+        return _first(functools.reduce(Link, self.chains[0], host)(x, *args, **kwargs))
 
 
 class _Additive(_Part):
-    def outer(self, x, y, seen):
+    def outer(self, x, y, seen, own):
         A, B = self.kept(self.make, x.dtype)
-        h = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A.mT)
-        return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), h, B).view(y.shape)
+        n = len(self.rows)
+        same = x.dim() == 3 and len(x) == n
+        h = torch.bmm(x if same else x.reshape(n, -1, x.shape[-1]), A)
+        if own and y.is_contiguous() and y.dtype == h.dtype == B.dtype:
+            (y if same else y.view(n, -1, y.shape[-1])).baddbmm_(h, B)
+            return y
+        return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h, B).view(y.shape)
 
     def make(self, dtype):
-        """A [m, rank, in] and B [m, rank, out], zeros beyond the rank of a row."""
+        """A [m, in, rank] and B [m, rank, out], zeros beyond the rank of a row."""
         site, kinds = self.host.site, list(dict.fromkeys(self.chains))
         none = site.where().new_empty(0, dtype=dtype)
         A, B = [], []
@@ -185,28 +230,46 @@ class _Additive(_Part):
             B.append(torch.cat([b.T.to(dtype) for _, b in pairs]) if pairs else none.view(0, site.d_out))
         A, B = pad_sequence(A, batch_first=True), pad_sequence(B, batch_first=True)
         if len(kinds) == len(self.rows):
-            return A, B
+            return A.mT, B
         number = {chain: i for i, chain in enumerate(kinds)}
         at = torch.tensor([number[chain] for chain in self.chains], device=A.device)
-        return A[at], B[at]
+        return A[at].mT, B[at]
 
 
 class _Family(_Part):
-    def outer(self, x, y, seen):
-        tensors, dims = self.kept(self.make)
-        one = self.chains[0][0]
+    def __init__(self, host: Host, rows: list[int], count: int, chains: list[Chain]):
+        super().__init__(host, rows, count, chains)
+        self.one: Any = chains[0][0]
+        self.plain = host.site.kind in ("linear", "module")  # whose features lie along the last axis: not a convolution
 
+    def outer(self, x, y, seen, own):
         def row(x, y, seen, *prepared):
-            if isinstance(one, Edit):
-                return one.edit(y, x, *seen, *prepared)
-            return one.act(_Given(self.host, x, y), x, *prepared)
+            if isinstance(self.one, Edit):
+                return self.one.edit(y, x, *seen, *prepared)
+            return self.one.act(_given(inner(x), x, y), x, *prepared)
 
-        return vmap(row, (0, 0, 0, *dims), randomness="different")(x, y, seen[0], *tensors)
+        inner = lambda x: _of_rows(self.host) if isinstance(x, Rows) else self.host
+        return self.each(row, x, y, seen[0])
 
-    def whole(self, x, more, build):
+    def whole(self, host, x, more, build):
+        inner = lambda x: _of_rows(host) if isinstance(x, Rows) else self.host
+        return self.each(lambda x, *prepared: self.one.act(inner(x), x, *prepared), x)
+
+    def each(self, row: Callable, *given: Any) -> Tensor:
+        """`row` for every row, with what is given [m k, ...] and what its delta has prepared."""
+        n = len(self.rows)
+        split = lambda t: t.unflatten(0, (n, -1)) if isinstance(t, Tensor) else t and tuple(map(split, t))
+        given = tuple(map(split, given))
         tensors, dims = self.kept(self.make)
-        row = lambda x, *prepared: self.chains[0][0].act(self.host, x, *prepared)
-        return vmap(row, (0, *dims), randomness="different")(x, *tensors)
+        if self.plain and not torch.is_grad_enabled():
+            held = lambda t: Rows(t) if isinstance(t, Tensor) else t and tuple(map(held, t))
+            prepared = (t if d is None else Rows(t) for t, d in zip(tensors, dims))
+            try:
+                return row(*map(held, given), *prepared).all.flatten(0, 1)
+            except Unsupported:
+                self.plain = False
+        out = vmap(row, (*[0] * len(given), *dims), randomness="different")(*given, *tensors)
+        return out.flatten(0, 1)
 
     def make(self):
         """What the deltas of the rows prepared, stacked, and along which axis; as it is where they all share it."""
@@ -243,47 +306,85 @@ class _Hosts:
             self.parts.append(cls(host, at, len(rows), chains))
         self.base = _Part(host, sorted(i for p in self.parts if p.outside for i in p.rows), len(rows), [()])
         place = {row: i for i, row in enumerate(self.base.rows)}
-        self.given = [_Rows([place[i] for i in p.rows], len(place)) if p.outside else None for p in self.parts]
+        self.given = [_Numbers([place[i] for i in p.rows], len(place)) if p.outside else None for p in self.parts]
         order = [i for p in self.parts for i in p.rows]
-        self.back = _Rows(sorted(range(len(order)), key=order.__getitem__), len(order))
+        self.back = _Numbers(sorted(range(len(order)), key=order.__getitem__), len(order))
 
-    def look(self, args: tuple, kwargs: dict[str, Any], k: int) -> list[Seen]:
-        """What the edits of each part see of the arguments before the host runs, for all rows [n, k, ...]."""
-        split = lambda t: t if t is None else t.unflatten(0, (-1, k))
-        return [
-            [tuple(map(split, d.look(args, kwargs))) if isinstance(d, Edit) else () for d in p.chains[0]]
-            for p in self.parts
-        ]
+    def look(self, args: tuple, kwargs: dict[str, Any]) -> list[Seen]:
+        """What the edits of each part see of the arguments before the host runs, for all rows [n k, ...]."""
+        return [[d.look(args, kwargs) if isinstance(d, Edit) else () for d in p.chains[0]] for p in self.parts]
 
-    def parted(self, x: Tensor, y: Tensor | None, looked: list[Seen], more: dict[Any, Tensor], build: Build) -> Tensor:
-        """The outputs for x and more arguments [n, k, ...] where the host gives y [rows of the base, k, ...]."""
-        outs = []
+    def parted(
+        self, x: Tensor, k: int, y: Tensor | None, looked: list[Seen], wholes: Iterator[Tensor], new: bool = False
+    ) -> Tensor:
+        """The outputs for x [n k, ...] where the host gives y [rows of the base k, ...].
+
+        `wholes` are those of the parts that need more of the host than y; `new`: y may be written to.
+        """
+        outs, free = [], not torch.is_grad_enabled()  # what autograd may keep is not written to
         for part, given, seen in zip(self.parts, self.given, looked):
             if given is None:
-                with nullcontext() if isinstance(self, _Tensors) else self.some(part.rows):
-                    outs.append(part.whole(part.rows(x), {key: part.rows(t) for key, t in more.items()}, build))
+                outs.append(next(wholes))
             elif y is not None:
-                own = [tuple(t if t is None else part.rows(t) for t in ts) for ts in seen]
-                outs.append(part.outer(part.rows(x), given(y), own))
+                mine = [tuple(t if t is None else part.rows(t, k) for t in ts) for ts in seen]
+                outs.append(part.outer(part.rows(x, k), given(y, k), mine, free and (new or not given.all)))
+        if len(outs) == 1:
+            return outs[0]
         wide = max(out.shape[-1] for out in outs)
         outs = [
             out if out.shape[-1] == wide else F.pad(out, (0, wide - out.shape[-1]), value=-torch.inf) for out in outs
         ]
-        return self.back(outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(0, 1)
+        return self.back(torch.cat(outs), k)
 
 
 class _Tensors(_Hosts):
     """A host of one tensor: a linear map, a convolution, an embedding, a norm."""
 
+    def __init__(self, host: Host, rows: list[Chain], some: Some):
+        super().__init__(host, rows, some)
+        # What nn.Linear gives is new and nobody else's; other parts may read it.
+        self.new = len(self.parts) == 1 and getattr(host.call, "__func__", None) is nn.Linear.forward
+        self.wholes = [p for p in self.parts if not p.outside]
+        self.joins = len(self.parts) > 1 and host.site.kind == "linear"
+
     def __call__(self, x):
         if len(x) == 1 and x.dim() > 1:
             x = x.expand(self.count, *x.shape[1:])  # positions, which the rows have in common
         k = neighbours(len(x), self.count, self.path)
-        looked, y = self.look((x,), {}, k), None
-        x = x.unflatten(0, (self.count, k))
-        if self.base.rows:
-            y = self.host(self.base.rows(x).flatten(0, 1)).unflatten(0, (-1, k))
-        return self.parted(x, y, looked, {}, lambda more: ([], {}))
+        looked = self.look((x,), {})
+        own = self.base.rows(x, k) if self.base.rows else None
+        y, wholes = None, iter(())
+        if self.wholes:
+            y, wholes = self.run(own, [part.rows(x, k) for part in self.wholes])
+        elif own is not None:
+            y = self.host(own)
+        return self.parted(x, k, y, looked, wholes, self.new)
+
+    def run(self, own: Tensor | None, xs: list[Tensor]) -> tuple[Tensor | None, Iterator[Tensor]]:
+        """What the host gives for the rows of the base, and the outputs of the parts which turn its inputs.
+
+        A matrix is read once for all of them in inference, where chains may be run twice: up to the host, and again
+        with what it gave.
+        """
+        build = lambda more: ([], {})
+        outs: list[Any] = [None] * len(xs)
+        asked: dict[int, Tensor] = {} if own is None else {-1: own}
+        if self.joins and not torch.is_grad_enabled():
+            for i, (part, x) in enumerate(zip(self.wholes, xs)):
+                try:
+                    outs[i] = part.whole(_asks(self.host), x, {}, build)
+                except _Asked as question:
+                    asked[i] = question.x
+        answers = {}
+        if len({t.shape[1:] for t in asked.values()}) == 1 == len({t.dtype for t in asked.values()}):
+            joined = self.host(torch.cat([*asked.values()]) if len(asked) > 1 else next(iter(asked.values())))
+            answers = dict(zip(asked, joined.split([*map(len, asked.values())])))
+        elif own is not None:
+            answers = {-1: self.host(own)}
+        for i, (part, x) in enumerate(zip(self.wholes, xs)):
+            if outs[i] is None:
+                outs[i] = part.whole(_told(self.host, answers[i]) if i in answers else self.host, x, {}, build)
+        return answers.get(-1), iter(outs)
 
 
 class _Modules(_Hosts):
@@ -292,18 +393,27 @@ class _Modules(_Hosts):
     def __call__(self, *args, **kwargs):
         x = first_input(args, kwargs)
         k = neighbours(len(x), self.count, self.path)
-        looked, rest = self.look(args, kwargs, k), args[1:]
+        looked, rest = self.look(args, kwargs), args[1:]
         kwargs = {name: value for name, value in kwargs.items() if value is not x}
         given = dict(enumerate(rest)) | kwargs
-        more = {key: t.unflatten(0, (-1, k)) for key, t in given.items() if _is_batch(t, len(x))}
+        more = {key: t for key, t in given.items() if _is_batch(t, len(x))}
 
         def build(more):
             now = given | more
             return [now[i] for i in range(len(rest))], {key: v for key, v in now.items() if key in kwargs}
 
         out = self.host(x, *rest, **kwargs) if self.base.rows else None
-        y = None if out is None else self.base.rows(_first(out).unflatten(0, (-1, k)))
-        first = self.parted(x.unflatten(0, (-1, k)), y, looked, more, build)
+        y = None if out is None else self.base.rows(_first(out), k)
+
+        def wholes():
+            for part in self.parts:
+                if not part.outside:
+                    with self.some(part.rows):
+                        yield part.whole(
+                            self.host, part.rows(x, k), {key: part.rows(t, k) for key, t in more.items()}, build
+                        )
+
+        first = self.parted(x, k, y, looked, wholes())
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
 

@@ -1,6 +1,7 @@
 """An adapter: the deltas of one method on one model, under one name."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,17 +46,24 @@ class _Still:
 
 
 class _RowsArgument:
-    """The argument `adapters` of a model's forward and of its `generate`: the rows of graft.route for that call."""
+    """The argument `adapters` of a model's forward and of its `generate`: the rows of graft.route for that call.
+
+    A model with an argument of that name keeps its own.
+    """
 
     def __init__(self, model: Any):
-        self.model = model
-        self.handles = [
-            model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self.after, always_call=True),
-        ]
+        self.model, self.handles = model, []
+        if "adapters" not in inspect.signature(model.forward).parameters:
+            self.handles = [
+                model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+                model.register_forward_hook(self.after, always_call=True),
+            ]
         self.own = model.__dict__.get("generate")
         if hasattr(type(model), "generate"):
+            self.__doc__ = type(model).generate.__doc__
             model.__dict__["generate"] = self
+
+    __signature__ = property(lambda self: inspect.signature(functools.partial(type(self.model).generate, self.model)))
 
     def before(self, model, args, kwargs):
         if core.routed is not None or "adapters" in kwargs:
@@ -91,6 +99,7 @@ class Registry:
         self.adapters: dict[str, Adapter] = {}  # innermost first
         self.active: tuple[str, ...] = ()  # those that run, in the same order
         self.merged: Any = None  # the Merge in place, if there is one
+        self.serving: list[str] = []  # the adapters of open routes, as often as they are used
         self.bank: Any = None  # the Bank whose adapters can be routed to, if there is one
         self.hosts: set[nn.Module] = set()  # what carries deltas, or serves those of the bank
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # to be restored by the last detach
@@ -114,10 +123,20 @@ class Registry:
             m.training = self.model.training if before.follows else m.training
         del self.model.__dict__[_HOME]
 
+    def mount(self, name: str, delta: Any) -> None:
+        mount(name, delta)
+        self.hosts.add(delta.site.module)
+
+    def unmount(self, name: str, delta: Any) -> None:
+        unmount(name, delta)
+        if not isinstance(delta.site.module, Adapted):
+            self.hosts.discard(delta.site.module)
+
     def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
         """An adapter by name, of the model or of its bank, and what to call when it is no longer used."""
         if name in self.adapters:
-            return self.adapters[name], lambda: None
+            self.serving.append(name)
+            return self.adapters[name], lambda: self.serving.remove(name)
         if self.bank is not None:
             return self.bank.take(name)
         raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
@@ -128,6 +147,14 @@ class Registry:
                 f"adapter {', '.join(map(repr, self.merged.names))} is merged into the base: "
                 f"undo the merge first, or keep it, with undo() or keep() of what graft.merge gave"
             )
+
+    def check_idle(self, name: str | None = None) -> None:
+        """Refuse what a route must not meet: that an adapter it serves leaves, or that weights change under it."""
+        if used := next((n for n in self.serving if name in (n, None)), None):
+            raise GraftError(f"a route serves adapter {used!r}: close the route first")
+
+    def __getstate__(self):
+        return self.__dict__ | {"serving": []}
 
     def activate(self, names: Iterable[str]) -> None:
         """Run exactly `names`, the first one innermost; they change places with each other in the chain."""
@@ -185,16 +212,18 @@ def activate(model: nn.Module, *names: str) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model, for the duration of the context, e.g. as the reference of preference tuning."""
+    """The base model, for the duration of the context, e.g. as the reference of preference tuning; in a route too."""
     found = registry(model)
-    before = found.active if found else ()
-    if found:
-        found.activate(())
-    try:
+    if found is None:
         yield model
+        return
+    before = found.active
+    found.activate(())
+    try:
+        with nullcontext() if core.routed is None else _routes().route(model, [None]):
+            yield model
     finally:
-        if found:
-            found.activate(before)
+        found.activate(before)
 
 
 def attach(
@@ -233,6 +262,8 @@ class Adapter:
     heads are then the very paths.
     """
 
+    shared: nn.Module | None  # what the deltas use together
+
     def __init__(
         self, model, recipe: Recipe, targets, name="default", *, heads=(), seed=0, stats=None, dtype=None, saved=None
     ):
@@ -247,20 +278,27 @@ class Adapter:
         self.targets = cls.targets if targets is None else targets
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
-        with (
-            torch.random.fork_rng(devices=[]),
-            Rebuilding(saved, model) if saved is not None else nullcontext() as mode,
-        ):
-            torch.manual_seed(seed)
-            resolved = {s.path: recipe.at(s) for s in sites}
+        resolved = {s.path: recipe.at(s) for s in sites}
+
+        def build() -> dict[str, Delta]:
             shared = cls.share(sites, **resolved[sites[0].path])
             self.shared = None if shared is None else self._place(shared, sites[0], dtype)
             given = {} if self.shared is None else {"shared": self.shared}
-            made: dict[str, Delta] = {}
-            for s in sites:
-                made[s.path] = cls(s, **given, **resolved[s.path])
-                if mode is not None and len(made) == 1 and shared is None:
-                    mode.spare_if_saved(made[s.path], s.saved or {})
+            return {s.path: cls(s, **given, **resolved[s.path]) for s in sites}
+
+        made: dict[str, Delta] = {}
+        if saved is not None:
+            with Rebuilding(saved, model, spare=True) as mode:
+                made = build()
+            whole = [*made.items(), *([] if self.shared is None else [("*", self.shared)])]
+            names = (f"{path}:{n}" for path, m in whole for n, _ in (*m.named_parameters(), *m.named_buffers()))
+            if mode.spared and not all(name in saved for name in names):
+                made = {}  # some of its tensors are drawn from the seed
+        if not made:
+            limits = nullcontext() if saved is None else Rebuilding(saved, model, spare=False)
+            with torch.random.fork_rng(devices=[]), limits:
+                torch.random.default_generator.manual_seed(seed)
+                made = build()
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
             own = None if saved is None else tensors_by_path(saved).get(path, {})
@@ -361,9 +399,8 @@ class Adapter:
         done = []
         try:
             for delta in self.deltas.values():
-                mount(self.name, delta)
+                found.mount(self.name, delta)
                 done.append(delta)
-                found.hosts.add(delta.site.module)
             found.adapters[self.name] = self
             found.activate((*found.active, self.name))
         except Exception:
@@ -383,6 +420,7 @@ class Adapter:
             raise GraftError(f"adapter {self.name!r} is not on the model")
         found = registry(self.model)
         assert found
+        found.check_idle(self.name)
         found.activate(n for n in found.active if n != self.name)
         if self.shared is not None:
             del self._keeper()[f"*{self.name}"]
@@ -396,9 +434,7 @@ class Adapter:
         found = registry(self.model)
         assert found
         for delta in deltas:
-            unmount(self.name, delta)
-            if not isinstance(delta.site.module, Adapted):
-                found.hosts.discard(delta.site.module)
+            found.unmount(self.name, delta)
         del found.adapters[self.name]
         found.close_if_empty()
 

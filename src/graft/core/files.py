@@ -269,6 +269,16 @@ class _Graft(Format, name="graft"):
         }
 
 
+def content(adapter: Adapter) -> Saved:
+    """What a folder of the adapter would hold; the tensors are its own."""
+    heads = [path for path, _ in adapter.heads]
+    modules = [path for path in adapter.deltas if path not in heads]
+    return Saved(
+        adapter.recipe, modules, heads, adapter.state_dict(), adapter.targets, seed=adapter.seed,
+        dtype=dtype_of(adapter), task=adapter.task,
+    )  # fmt: skip
+
+
 # Writing
 
 

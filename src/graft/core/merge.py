@@ -147,6 +147,7 @@ def merge(model: nn.Module) -> Merge:
     if found is None:
         raise GraftError(f"{type(model).__name__} carries no adapter")
     found.check_unmerged()
+    found.check_idle()
     values, lost = _merged(model)
     done = Merge(model, lost, found.active)
     for path, tensors in values.items():

@@ -68,7 +68,10 @@ class Prompt(Delta):
         self.names = _arguments(site.module)
         self.reads = site.index == 0  # the second of two places is the decoder of an encoder-decoder model
         self.keeps = site.count == 2  # whose encoder hands the states of the prompt on to it
-        self.first = _first_position(site.module)
+        tables = [m for p, m in site.module.named_modules() if p.endswith("position_embeddings")]
+        numbers = (getattr(m, "padding_idx", None) for m in tables if isinstance(m, nn.Embedding))
+        self.first = next((n + 1 for n in numbers if n is not None), 0)  # RoBERTa counts from past that of padding
+        self.counts = not tables or "position_ids" in self.names  # whether rows may begin at different places
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The model's own embedding of token ids, scaled as the model does it."""
@@ -131,6 +134,11 @@ class Prompt(Delta):
                 )
         first = max(past - n, 0)  # the position of the first token, as the caller counts
         if keep is not None:
+            if not self.counts:
+                raise GraftError(
+                    f"prompts of different lengths in one batch need a model that takes position_ids, which "
+                    f"{type(self.site.module).__name__} does not here: give all rows prompts of one length"
+                )
             if mask is None:
                 mask = keep.new_ones(batch, first + count, dtype=torch.long)
             if positions is None and "position_ids" in self.names:
@@ -181,12 +189,6 @@ class Prompt(Delta):
 def _with_prompt(mask: Tensor, n: int, keep: Tensor | None) -> Tensor:
     """A mask [batch, tokens] with the n places before them."""
     return F.pad(mask, (n, 0), value=1) if keep is None else torch.cat([keep.to(mask.dtype), mask], 1)
-
-
-def _first_position(module: nn.Module) -> int:
-    """Where a model counts positions from: past the number for padding, if its table has one (RoBERTa)."""
-    tables = (m for path, m in module.named_modules() if path.endswith("position_embeddings"))
-    return next((m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), 0)
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:

@@ -15,32 +15,40 @@ _RANDOM = {
     torch.Tensor.uniform_, torch.Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_,
     nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_,
 }  # fmt: skip
+_DRAWN = {
+    torch.empty: torch.zeros, torch.rand: torch.zeros, torch.randn: torch.zeros, torch.randperm: torch.arange,
+    torch.randint: lambda *args, **kwargs: torch.zeros(_size(*args, **kwargs), dtype=torch.long),
+}  # fmt: skip
+
+
+def _size(*args, size=None, **_):
+    """The size which randint(low, high, size) or randint(high, size) is given."""
+    return args[-1] if size is None else size
 
 
 class Rebuilding(TorchFunctionMode):
     """Refuses to make tensors far larger than any of the model or of the file: a file may claim any size.
 
-    Once `spare_if_saved` has seen a delta whose tensors are all in the file, random numbers are no longer drawn.
+    With `spare`, no random numbers are drawn, and `spared` tells whether some would have been.
     """
 
-    def __init__(self, saved: dict[str, Tensor], model: nn.Module):
+    def __init__(self, saved: dict[str, Tensor], model: nn.Module, spare: bool):
         super().__init__()
         largest = max((t.numel() for t in (*saved.values(), *model.parameters())), default=0)
         self.limit = 16 * largest + 2**20
-        self.spare = False
-
-    def spare_if_saved(self, delta: nn.Module, saved: dict[str, Tensor] | None) -> None:
-        own = (*delta.named_parameters(), *delta.named_buffers())
-        self.spare = saved is not None and all(name in saved for name, _ in own)
+        self.spare, self.spared = spare, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _MAKERS and "out" not in kwargs and (size := _count(func, args, kwargs)) > self.limit:
             raise GraftError(f"it asks for a tensor of {size:,} values, far more than its file or the base have")
         if self.spare and func in _RANDOM:
+            self.spared = True
             return args[0] if args else kwargs["tensor"]
-        if self.spare and func in (torch.empty, torch.rand, torch.randn):  # zeros: what follows may compute with them
-            return torch.zeros(*args, **{k: v for k, v in kwargs.items() if k not in ("generator", "memory_format")})
+        if self.spare and func in _DRAWN:  # what follows may compute with them, so that they are numbers
+            self.spared = self.spared or func is not torch.empty
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("generator", "memory_format")}
+            return _DRAWN[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 

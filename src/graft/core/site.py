@@ -221,7 +221,7 @@ class LinearSite(Site, hosts=(nn.Linear,)):
 
     def scale(self, h: Tensor, v: Tensor | float) -> Tensor:
         """The channels of an output or of features h times the vector v."""
-        return h * (self._shape(v.to(h.dtype), h) if isinstance(v, Tensor) else v)
+        return h * (v if isinstance(v, float | int) else self._shape(v.to(h.dtype), h))
 
     def shift(self, h: Tensor, v: Tensor) -> Tensor:
         """The channels of an output or of features h plus the vector v."""

@@ -114,7 +114,8 @@ class DoRA(Delta, name="dora"):
 
     def prepare(self, inner):
         gain = self.m / self.norm(inner.weight) - 1  # as a difference: exact at the start, in half precision too
-        return *self.low.factors(), gain, inner.bias
+        A, B, _ = self.low.prepare(inner)
+        return A, B, gain, inner.bias
 
     def act(self, inner, x, A, B, gain, bias):
         return self.site.rescale(self.low.act(inner, x, A, B), gain, bias)

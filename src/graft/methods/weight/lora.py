@@ -128,11 +128,14 @@ class LoRA(Delta, name="lora"):
         return self.A, self.scaling * self.B
 
     def prepare(self, inner):
-        return *self.factors(), None if self.c is None else self.scaling * self.c
+        # With gradients, s times B would keep one more [out, rank] for backward: h is scaled instead.
+        B = self.B if torch.is_grad_enabled() else self.scaling * self.B
+        return self.A, B, None if self.c is None else self.scaling * self.c
 
     def act(self, inner, x, A, B, c=None):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        y = self.site.add_up(inner(x), self.site.down(z, A), B)
+        h = self.site.down(z, A)
+        y = self.site.add_up(inner(x), self.scaling * h if torch.is_grad_enabled() else h, B)
         return y if c is None else self.site.shift(y, c)
 
     def weight(self, w):
