@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import graft
 from models import llama, move, picture, tokens
@@ -264,3 +265,19 @@ def test_a_bank_may_come_before_the_first_adapter_and_stay_after_the_last(adapte
     bank.add("lora0", made["lora0"][0])
     adapter.detach()
     torch.testing.assert_close(serve(model, ["lora0"], x)[0], made["lora0"][1][0])
+
+
+def test_compiled_models_are_not_compiled_again_for_another_adapter(adapters):
+    model, bank, made, x = filled(adapters, capacity=2)
+    serve(model, ["lora0", "dora0"], x)  # the places are known from now on
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(model, backend=counter), []
+    for rows in (["lora0", "dora0"], ["dora1", "lora1"], ["lora1", None], ["dora0", "lora0"]):
+        with torch.no_grad(), graft.route(model, rows):
+            y = compiled(input_ids=x[:1].expand(2, -1), use_cache=False).logits
+        for name, row in zip(rows, y):
+            if name:
+                torch.testing.assert_close(row, made[name][1][0])
+        counts.append(counter.frame_count)
+    assert len({*counts}) == 1 and len(bank.resident) == 2

@@ -7,16 +7,15 @@ Rows that want chains of a like kind make up a part of the batch:
                for all rows: on `Rows` (rowwise.py), or in vmap where it does more, or where gradients are wanted
     alone      every other chain runs on its rows
 
-Prompts and changes of the attention product stack themselves (`Delta.stack`). What is stacked is kept while no tensor
-it came from changes; where gradients are wanted it is stacked anew each time.
+Prompts and changes of the attention product stack themselves (`Delta.stack`). What is stacked is kept: of frozen
+adapters for as long as the route is open, of others until a tensor of theirs changes. Where gradients are wanted it is
+stacked anew each time.
 
 A batch of n k rows is seen as [n, k, ...], row i being k neighbours: beams, or tokens where the host
 gets [n k, features].
 """
 
 import functools
-import itertools
-import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -59,28 +58,25 @@ def rows_at(host: Adapted, place: str, rows: list[Chain], whole: list, some: Som
 
 
 class _Kept:
-    """What was made from the tensors of some deltas, until one of them changes."""
+    """What was made from the tensors of deltas: of frozen ones as they were at first, of others as they are now."""
 
     def __init__(self, sources: list[nn.Module]):
         self.sources = [d for m in dict.fromkeys(sources) for d in (m._parameters, m._buffers) if d]
+        self.followed: list[dict[str, Any]] = []
         self.value: Any = None
 
     def __call__(self, make: Callable, *how: Any) -> Any:
         if torch.is_grad_enabled():
             return make(*how)
-        now = [t for t in itertools.chain.from_iterable(map(dict.values, self.sources)) if t is not None]
-        try:
-            versions = [*map(_VERSION, now)]
-        except RuntimeError:  # what was made in inference mode has none
-            versions = [t._version for t in now if not t.is_inference()]
-        state = how, [*map(Tensor.data_ptr, now)], versions
-        if self.value is None or self.value[0] != state:
-            with torch.autocast(now[0].device.type if now else "cpu", enabled=False):  # as `Delta.prepared`
-                self.value = state, make(*how)
-        return self.value[1]
+        if self.value is None or self.value[0] != how or self.value[1] != self.state():
+            self.followed = [d for d in self.sources if any(t is not None and t.requires_grad for t in d.values())]
+            kind = next((t.device.type for d in self.sources for t in d.values() if t is not None), "cpu")
+            with torch.autocast(kind, enabled=False):  # as `Delta.prepared`
+                self.value = how, self.state(), make(*how)
+        return self.value[2]
 
-
-_VERSION = operator.attrgetter("_version")
+    def state(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t._version) for d in self.followed for t in d.values() if t is not None]
 
 
 # Prompts and changes of the attention product
