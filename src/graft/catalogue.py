@@ -46,11 +46,12 @@ def describe(cls: type[Delta]) -> dict[str, Any]:
         "needs": list(cls.needs),
         "starts_as_base": cls.starts_as_base,
         "papers": [paper._asdict() for paper in cls.papers],
-        "hyperparameters": [_hyper(h) for h in hyperparameters(cls).values()],
+        "hyperparameters": [described(h) for h in hyperparameters(cls).values()],
     }
 
 
-def _hyper(hyper: Hyper) -> dict[str, Any]:
+def described(hyper: Hyper) -> dict[str, Any]:
+    """A hyperparameter, or another keyword written like one, as plain data."""
     choices = [k for k in hyper.kinds if not isinstance(k, type)]
     return {
         "name": hyper.name,

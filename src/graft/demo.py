@@ -17,7 +17,8 @@ import torch
 from .core.errors import GraftError
 from .core.recipe import Recipe
 from .models import load_base
-from .tasks import chapters
+from .tasks import SPLITS
+from .tasks.chapters import Chapters
 from .training import predict
 from .training.report import PeakMemory
 from .tuning import tune
@@ -68,8 +69,8 @@ def demo(
     place.mkdir(parents=True)
     (place / REPORT).write_text("{}\n")  # this folder is ours, also when the demo is stopped
     begun = time.perf_counter()
-    data = chapters.load(seed=seed)
-    train, validation, test = (part[:64] if quick else part for part in (data.train, data.validation, data.test))
+    data = Chapters(seed=seed)
+    train, validation, test = (data.rows(split)[: 64 if quick else None] for split in SPLITS)
     say(
         f"{len(train):,} docstrings of the standard library to learn from, {len(validation):,} to choose the probe's "
         f"settings, {len(test):,} to test with; {len(data.labels)} chapters. No text and no object is in two parts."

@@ -55,7 +55,8 @@ def tune(
     """Load a base model, put one or several new adapters on it, train them together on data and save them.
 
     model      a folder, the id of a model on the hub, or a base that ships, see `load_base`
-    data       a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, "owner/name" on the hub, a list of dicts
+    data       a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, "owner/name" on the hub, `task:NAME`, a
+               list of dicts
     method     graft.LoRA(rank=8), or the name of a method; a list of these is a chain, innermost first, whose adapters
                are called like their methods and saved as one folder
     targets    modules to adapt: a preset (all-linear, attention, mlp, qv, blocks, ...), regular expressions over the

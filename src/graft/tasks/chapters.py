@@ -1,4 +1,4 @@
-"""Classify docstrings of the Python standard library into the chapters of its documentation.
+"""The chapters of the library reference.
 
 The texts are the docstrings of the functions, classes and methods of the running interpreter's standard library: real
 English, technical, on every machine that runs Python. The label is the chapter of "The Python Standard Library"
@@ -10,8 +10,6 @@ text repeats in other letters' case, spacing or punctuation counts as the same t
 chapters is left out.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -20,10 +18,17 @@ import random
 import re
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, Literal
+
+from ..core.errors import GraftError
+from ..core.hyper import Range
+from . import Row, Task
+from .metrics import accuracy
+from .steps import in_steps
 
 # The chapters as the documentation of Python 3.14 groups the modules; a name stands for the whole package below it
 # unless a longer name says otherwise. A name with a leading underscore is the implementation of a documented module.
@@ -70,67 +75,81 @@ CHAPTERS: dict[str, str] = {
 CHAPTER_OF = {module: chapter for chapter, modules in CHAPTERS.items() for module in modules.split()}
 
 
-class Row(TypedDict):
-    """One docstring: its text, its chapter (`label`), and the object it documents (`module`, qualified `name`)."""
+@dataclass(frozen=True, kw_only=True)
+class Chapters(Task):
+    """Classify docstrings of the Python standard library into the chapters of its documentation.
 
-    text: str
-    label: str
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Chapters:
-    """The classification task: the chapters and the rows of each split."""
-
-    labels: tuple[str, ...]
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
-
-
-def load(
-    *, seed: int = 0, validation: float = 0.1, test: float = 0.2, min_words: int = 5, min_texts: int = 75
-) -> Chapters:
-    """Read the standard library of the running interpreter and split it.
-
-    Args:
-        seed: decides the split and the order of the rows; equal seeds give equal rows on one interpreter.
-        validation: share of each chapter's texts held out for choosing hyperparameters.
-        test: share of each chapter's texts held out for the final measurement.
-        min_words: shorter texts are left out.
-        min_texts: chapters with fewer texts are left out.
-
-    Raises:
-        ValueError: if a share is out of range or no chapter has `min_texts` texts.
+    A row has `text`; `label`, the chapter; and the object it documents: `module`, qualified `name`. With `steps` the
+    chapters come in as many steps of different ones, for continual learning; the rows are those of one `step`. With
+    `domain` they are those of one kind of objects, under the same labels.
     """
-    if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(
-            f"validation={validation}, test={test}: the shares must not be negative and sum to less than 1"
-        )
-    chapters = {
-        chapter: objects
-        for chapter, objects in _objects(min_words).items()
-        if sum(len(texts) for texts in objects.values()) >= min_texts
-    }
-    if not chapters:
-        raise ValueError(f"min_texts={min_texts}: no chapter of this interpreter's library has so many texts")
 
-    generator = random.Random(seed)
-    split = Chapters(tuple(chapters), [], [], [])
-    for label, objects in chapters.items():
-        names = sorted(objects)
-        generator.shuffle(names)
-        total = sum(len(texts) for texts in objects.values())
-        room = {"test": round(test * total), "validation": round(validation * total), "train": total}
-        for name in names:
-            part = next(part for part in room if len(objects[name]) <= room[part])
-            room[part] -= len(objects[name])
-            for text, module, qualified in objects[name]:
-                getattr(split, part).append(Row(text=text, label=label, module=module, name=qualified))
-    for part in (split.train, split.validation, split.test):
-        generator.shuffle(part)
-    return split
+    name = "chapters"
+    sources = "docstrings of the running interpreter's standard library"
+    licence = "PSF-2.0"
+    splits = {
+        "train": "texts to learn from",
+        "validation": "texts to choose settings with",
+        "test": "texts to measure with",
+        "seen": "the test texts of this step and of all before it",
+    }
+    metrics = (accuracy,)
+    target = "label"
+    portable = False
+
+    validation: Annotated[float, "share of each chapter's texts in the validation split", Range(0, below=1)] = 0.1
+    test: Annotated[float, "share of each chapter's texts in the test split", Range(0, below=1)] = 0.2
+    min_words: Annotated[int, "shorter texts are left out", Range(0)] = 5
+    min_texts: Annotated[int, "chapters with fewer texts are left out", Range(1)] = 75
+    steps: Annotated[int, "how many steps the chapters are divided into", Range(1)] = 1
+    step: Annotated[int, "which of the steps, from 1", Range(1)] = 1
+    domain: Annotated[Literal["all", "functions", "members"], "top-level objects, or members of classes"] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation + self.test >= 1:
+            raise GraftError(f"validation={self.validation}, test={self.test}: the two shares must sum to less than 1")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self._chapters)
+
+    def items(self, row: Row) -> Iterable[Hashable]:
+        """The words, and the top-level object."""
+        return " ".join(_words(row["text"])), (row["label"], _top(row["name"]))
+
+    def generate(self) -> dict[str, list[Row]]:
+        generator = random.Random(self.seed)
+        found: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+        for label, objects in self._chapters.items():
+            names = sorted(objects)
+            generator.shuffle(names)
+            total = sum(len(texts) for texts in objects.values())
+            room = {"test": round(self.test * total), "validation": round(self.validation * total), "train": total}
+            for name in names:
+                part = next(part for part in room if len(objects[name]) <= room[part])
+                room[part] -= len(objects[name])
+                found[part] += [
+                    {"text": text, "label": label, "module": module, "name": qualified}
+                    for text, module, qualified in objects[name]
+                ]
+        for rows in found.values():
+            generator.shuffle(rows)
+        if self.domain != "all":
+            members = self.domain == "members"
+            found = {part: [row for row in rows if ("." in row["name"]) == members] for part, rows in found.items()}
+        return in_steps(self, found, self.steps, self.step)
+
+    @cached_property
+    def _chapters(self) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+        chapters = {
+            chapter: objects
+            for chapter, objects in _objects(self.min_words).items()
+            if sum(len(texts) for texts in objects.values()) >= self.min_texts
+        }
+        if not chapters:
+            raise GraftError(f"min_texts={self.min_texts}: no chapter of this interpreter's library has so many texts")
+        return chapters
 
 
 def clean(docstring: str) -> str:
@@ -138,34 +157,52 @@ def clean(docstring: str) -> str:
     return " ".join(re.sub(r"^[ \t]*>>>.*?(?:\n[ \t]*\n|\Z)", "\n", docstring, flags=re.M | re.S).split())
 
 
+@lru_cache(maxsize=2)
 def _objects(min_words: int) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
     """{chapter: {top-level object: [(text, module, qualified name), ...]}}, each text once."""
     same: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    for module, name, docstring in sorted({*_python_docstrings(), *_c_docstrings()}):
+    for module, name, docstring in _docstrings():
         text = clean(docstring)
-        words = re.findall(r"\w+", text.lower())
+        words = _words(text)
         if len(words) >= min_words:
             same[" ".join(words)].append((text, module, name))
     chapters: dict[str, dict[str, list[tuple[str, str, str]]]] = {chapter: {} for chapter in CHAPTERS}
     for found in same.values():
         of_text = {CHAPTER_OF[_package(module)] for _, module, _ in found}
         if len(of_text) == 1:
-            # By the name alone: a class and its twin in C (`_pyio.IOBase`, `_io._IOBase`) are one object.
-            top = found[0][2].partition(".")[0].lstrip("_")
-            chapters[of_text.pop()].setdefault(top, []).append(found[0])
+            chapters[of_text.pop()].setdefault(_top(found[0][2]), []).append(found[0])
     return chapters
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _top(name: str) -> str:
+    """The top-level object, by the name alone: a class and its twin in C (`_pyio.IOBase`, `_io._IOBase`) are one."""
+    return name.partition(".")[0].lstrip("_")
+
+
+@cache
+def _docstrings() -> list[tuple[str, str, str]]:
+    """All (module, qualified name, docstring), once a process: reading the library takes seconds."""
+    return sorted({*_python_docstrings(), *_c_docstrings()})
+
+
+def sources() -> Iterator[tuple[str, bytes]]:
+    """(module, source) of the library's modules that are written in Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for top in CHAPTER_OF:
+        for file in [root / f"{top}.py", *(root / top).rglob("*.py")]:
+            parts = file.relative_to(root).with_suffix("").parts
+            if file.is_file() and not {"test", "tests", "_bundled"} & set(parts):
+                yield ".".join(parts).removesuffix(".__init__"), file.read_bytes()
 
 
 def _python_docstrings() -> Iterator[tuple[str, str, str]]:
     """(module, qualified name, docstring) of every function and class in the library's sources."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for top in CHAPTER_OF:
-        sources = [root / f"{top}.py", *(root / top).rglob("*.py")]
-        for source in sources:
-            parts = source.relative_to(root).with_suffix("").parts
-            if source.is_file() and not {"test", "tests", "_bundled"} & set(parts):
-                module = ".".join(parts).removesuffix(".__init__")
-                yield from ((module, *found) for found in _definitions(ast.parse(source.read_bytes()), ""))
+    for module, source in sources():
+        yield from ((module, *found) for found in _definitions(ast.parse(source), ""))
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:

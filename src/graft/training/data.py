@@ -1,8 +1,10 @@
-"""Reading data: files, folders, data sets of the hub, and what is in memory already.
+"""Reading data: files, folders, data sets of the hub, tasks, and what is in memory already.
 
-Data is a sequence of examples (dicts): a list, or a `datasets.Dataset`.
+Data is a sequence of examples (dicts): a list, or a `datasets.Dataset`. It may know more, as the rows of a task do: its
+`labels`; the names of its own `metrics`, their `score` of predictions, and `generation`, options to make these with.
 """
 
+import importlib
 import json
 import re
 import tempfile
@@ -17,6 +19,8 @@ from .messages import nearest, said
 
 Examples = Sequence[Mapping[str, Any]]
 
+# `NAME:...` is read by the function `read(rest, split)` of that module, which is loaded when it is asked for.
+SCHEMES = {"task": "graft.tasks"}
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -26,7 +30,8 @@ def read(source: Any, *, split: str = "train", columns: Mapping[str, str] | None
 
     source   a JSONL, JSON, CSV, TSV or Parquet file; a folder of such files (those named after `split` if any),
              of images in one folder a label, or written by `Dataset.save_to_disk`; "owner/name" or "owner/name:config"
-             on the hub (downloaded); a list of dicts; a `datasets.Dataset` or `DatasetDict`
+             on the hub (downloaded); `task:NAME` or `task:NAME,KNOB=VALUE,...`, see `graft.tasks`; a list of dicts; a
+             `datasets.Dataset` or `DatasetDict`
     split    which part of a data set that has several
     columns  {name that is needed: name in the data}, e.g. {"text": "sentence", "label": "class"}
     """
@@ -37,7 +42,7 @@ def read(source: Any, *, split: str = "train", columns: Mapping[str, str] | None
         examples = examples[split]
     if isinstance(examples, Mapping) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
         raise GraftError(
-            f"data is a file, a folder, a hub name, a list of dicts or a Dataset, not a {type(source).__name__}"
+            f"data is a file, a folder, a hub name, a task, a list of dicts or a Dataset, not a {type(source).__name__}"
         )
     if not len(examples):
         raise GraftError(f"the data {_called(source)}is empty")
@@ -99,6 +104,9 @@ def _rename(examples: Examples, columns: Mapping[str, str]) -> Examples:
 
 
 def _read_path(source: str, split: str) -> Any:
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme in SCHEMES:
+        return importlib.import_module(SCHEMES[scheme]).read(rest, split)
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split)

@@ -27,11 +27,23 @@ def evaluate(
     batch_size: int = 32,
     precision: str = "auto",
 ) -> dict[str, float]:
-    """The metrics of `objective` on `data`; arguments as in `fit`. `labels`: the names of the classes, in order."""
-    examples = read(data, columns=columns, split="test")
+    """The metrics of `objective` on `data`; arguments as in `fit`. `labels`: the names of the classes, in order.
+
+    The rows of a task (`task:NAME`) have metrics of their own; where the objective has none of that name, the model
+    answers each row, greedily, and they stand first.
+    """
+    given: Any = read(data, split="test")
+    examples = read(given, columns=columns)
     chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
     device = next(model.parameters()).device
-    return measure(model, chosen, chosen.features(examples), batch_size, device, half(model, precision, device))
+    metrics = measure(model, chosen, chosen.features(examples), batch_size, device, half(model, precision, device))
+    if set(getattr(given, "metrics", ())) <= metrics.keys():
+        return metrics
+    said = predict(
+        model, examples, objective=chosen.name, processor=chosen.processor, labels=chosen.labels, max_length=max_length,
+        batch_size=batch_size, precision=precision, **(given.generation if chosen.generates else {}),
+    )  # fmt: skip
+    return given.score(said) | metrics
 
 
 @torch.no_grad()

@@ -95,5 +95,7 @@ def label_names(values: Sequence[Any]) -> list[str]:
 
 
 def _classes(examples: Examples) -> list[str] | None:
+    """The names of the classes where the data knows them: the rows of a task, or the columns of a `Dataset`."""
     feature = (getattr(examples, "features", None) or {}).get("label")
-    return getattr(feature, "names", None)
+    known = getattr(examples, "labels", None) or getattr(feature, "names", None)
+    return list(known) if known else None

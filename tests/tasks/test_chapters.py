@@ -1,28 +1,24 @@
 """The chapters of the standard library's documentation: splits, texts, labels."""
 
 import inspect
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-from graft.tasks import chapters
+from graft.core.errors import GraftError
+from graft.tasks import SPLITS, chapters
+from graft.tasks.chapters import Chapters
 
 
 @pytest.fixture(scope="module")
 def data():
-    return chapters.load()
+    return Chapters()
 
 
 def parts(data):
-    return {"train": data.train, "validation": data.validation, "test": data.test}
+    return {split: data.rows(split) for split in SPLITS}
 
 
 def test_no_text_stands_twice(data):
@@ -39,10 +35,10 @@ def test_no_top_level_object_stands_in_two_splits(data):
 
 
 def test_enough_chapters_each_split_as_asked(data):
-    assert len(data.labels) >= 12 and len(data.train) > 3000
+    assert len(data.labels) >= 12 and len(data.rows("train")) > 3000
     total = Counter(row["label"] for rows in parts(data).values() for row in rows)
     assert set(total) == set(data.labels) and min(total.values()) >= 75
-    for rows, share in ((data.test, 0.2), (data.validation, 0.1)):
+    for rows, share in ((data.rows("test"), 0.2), (data.rows("validation"), 0.1)):
         found = Counter(row["label"] for row in rows)
         assert all(abs(found[label] - share * total[label]) <= 1 for label in data.labels)
 
@@ -68,17 +64,9 @@ def test_texts_are_those_that_inspect_reports(data):
         assert rows[name] == " ".join(inspect.getdoc(getattr(shutil, name)).split())
 
 
-def test_another_process_reads_the_same_rows(data):
-    script = "import json; from dataclasses import asdict; from graft.tasks import chapters\n"
-    script += "print(json.dumps(asdict(chapters.load())))"
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(chapters.__file__).parents[2])}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(run.stdout) == json.loads(json.dumps(asdict(data)))
-
-
 def test_the_seed_decides_the_split(data):
-    other = chapters.load(seed=1)
-    assert {row["text"] for row in other.test} != {row["text"] for row in data.test}
+    other = Chapters(seed=1)
+    assert {row["text"] for row in other.rows("test")} != {row["text"] for row in data.rows("test")}
     assert sorted(row["text"] for p in parts(other).values() for row in p) == sorted(
         row["text"] for p in parts(data).values() for row in p
     )
@@ -91,10 +79,34 @@ def test_interactive_examples_are_cut_out():
 
 @pytest.mark.parametrize("shares", [{"test": -0.1}, {"test": 0.6, "validation": 0.4}])
 def test_a_share_out_of_range_is_refused(shares):
-    with pytest.raises(ValueError, match="shares must not be negative"):
-        chapters.load(**shares)
+    with pytest.raises(GraftError, match=r"test must be .* not -0\.1|must sum to less than 1"):
+        Chapters(**shares)
 
 
 def test_too_high_a_minimum_is_refused():
-    with pytest.raises(ValueError, match="min_texts=100000"):
-        chapters.load(min_texts=100_000)
+    with pytest.raises(GraftError, match="min_texts=100000"):
+        Chapters(min_texts=100_000).rows("train")
+
+
+def test_steps_divide_the_chapters_and_their_rows(data):
+    steps = [Chapters(steps=4, step=i) for i in (1, 2, 3, 4)]
+    for split, whole in parts(data).items():
+        found = [{row["text"] for row in step.rows(split)} for step in steps]
+        assert sum(map(len, found)) == len(whole) and set.union(*found) == {row["text"] for row in whole}
+    arriving = [{row["label"] for row in step.rows("train")} for step in steps]
+    assert sum(map(len, arriving)) == len(data.labels) and max(map(len, arriving)) - min(map(len, arriving)) <= 1
+    for i, step in enumerate(steps):
+        assert step.labels == data.labels
+        assert {row["label"] for row in step.rows("seen")} == set().union(*arriving[: i + 1])
+    with pytest.raises(GraftError, match="step=5 of steps=4"):
+        Chapters(steps=4, step=5).rows("train")
+
+
+def test_domains_divide_the_rows_under_the_same_labels(data):
+    domains = [Chapters(domain=name) for name in ("functions", "members")]
+    for split, whole in parts(data).items():
+        functions, members = ({row["text"] for row in domain.rows(split)} for domain in domains)
+        assert functions and members and not functions & members
+        assert functions | members == {row["text"] for row in whole}
+        assert members == {row["text"] for row in whole if "." in row["name"]}
+    assert all(domain.labels == data.labels for domain in domains)
