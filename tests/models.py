@@ -72,6 +72,19 @@ def attach(model, method, name, seed=1, targets=None, **hyper):
     return move(graft.attach(model, cls(**hyper), targets, name=name, stats=stats), seed=seed)
 
 
+def damage(file, data):
+    """Cut a file short, or change some of its bytes, as hypothesis draws."""
+    from hypothesis import strategies as st
+
+    content = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+            content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(bytes(content))
+
+
 def picture(model: nn.Module):
     """Everything of a model that a stranger could see: classes, attributes, flags, bits."""
     return [

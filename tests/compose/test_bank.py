@@ -114,8 +114,10 @@ def test_a_full_bank_says_so_and_goes_on(adapters):
     with torch.no_grad(), graft.route(model, ["lora0", "dora0"]):
         with pytest.raises(graft.GraftError, match="full: all 2 resident adapters serve open routes"):
             serve(model, ["ia30"], x)
-        with pytest.raises(graft.GraftError, match="serves adapter 'lora0'"):
-            bank.close()
+        graft.attach(model, "lora", name="mine")
+        for what in (bank.close, lambda: graft.merge(model)):
+            with pytest.raises(graft.GraftError, match="a route serves adapter 'lora0'"):
+                what()
         torch.testing.assert_close(model(input_ids=x).logits[0], made["lora0"][1][0])
     with pytest.raises(graft.GraftError, match="full"):  # three at once in two places: nothing stays taken
         serve(model, ["lora0", "lora1", "ia30"], x)

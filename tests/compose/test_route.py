@@ -1,5 +1,8 @@
 """Each row of a batch is served by its own adapter: row i of the batch is what adapter i alone computes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -384,3 +387,12 @@ def test_dropout_in_training_differs_by_row():
         y = model(input_ids=x).logits
     assert not torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
     agree(model.eval(), rows, x)
+
+
+def test_a_route_that_is_closed_does_not_keep_its_model():
+    model, x = mixed_model(methods=["lora", "dora"]), tokens(2)
+    model(input_ids=x, adapters=["lora", "dora"]).logits.sum().backward()
+    alive = [weakref.ref(m) for m in (model, model.model.layers[0].self_attn.q_proj)]
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]

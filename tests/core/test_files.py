@@ -22,6 +22,7 @@ from graft import Delta, GraftError
 from graft.core import files
 from graft.core.delta import METHODS
 from graft.core.fingerprint import _step
+from models import damage
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -447,13 +448,7 @@ def test_damaged_bytes_load_as_before_or_are_refused(good, tmp_path, data):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
     file = folder / data.draw(st.sampled_from([TENSORS, CONFIG]))
-    content = bytearray(file.read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-            content[place] = data.draw(st.integers(0, 255))
-    file.write_bytes(bytes(content))
+    damage(file, data)
     model = net()
     before = trace(model)
     try:

@@ -14,7 +14,7 @@ import graft
 from graft import GraftError
 from graft.core import files
 from graft.core.formats import file_names
-from models import bert, llama, move, picture, tokens
+from models import bert, damage, llama, move, picture, tokens
 
 CHAIN, CONFIG, TENSORS, CARD = "adapters.json", "adapter_config.json", "adapter_model.safetensors", "README.md"
 IDS = tokens()
@@ -329,13 +329,7 @@ def test_damaged_bytes_load_as_before_or_are_refused_whole(three, tmp_path, data
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(three, folder)
     file = data.draw(st.sampled_from(sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)))
-    content = bytearray(file.read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-            content[place] = data.draw(st.integers(0, 255))
-    file.write_bytes(bytes(content))
+    damage(file, data)
     model = llama()
     before = picture(model)
     try:

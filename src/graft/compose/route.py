@@ -6,7 +6,8 @@ count there. What the rows of one host need is in rows.py.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -59,6 +60,7 @@ class Route:
             raise GraftError(f"rows must be a list with a name or None for each row, not {rows!r}")
         names = [(row,) if isinstance(row, str) else tuple(row or ()) for row in rows]
         taken: dict[str, Adapter] = {}
+        self.hosts: Collection[nn.Module] = found.hosts
         self._let_go: list[Callable[[], None]] = []
         try:
             for name in dict.fromkeys(n for row in names for n in row):
@@ -68,7 +70,6 @@ class Route:
             self.close()
             raise
         self.adapters = [tuple(taken[n] for n in row) for row in names]
-        self.hosts = found.hosts
         self.closed, self.calls = False, 0
         self.model: nn.Module | None = None  # whose call opened it, by an argument
         self._chains: dict[Any, Callable] = {}
@@ -91,6 +92,8 @@ class Route:
     def close(self) -> None:
         """Let go of the adapters and of what was stacked."""
         self.closed, self.adapters, self._chains = True, [], {}
+        if _latest is self:  # it is remembered, and must not keep its model in memory
+            self.hosts, self.model = weakref.WeakSet(self.hosts), None
         while self._let_go:
             self._let_go.pop()()
 
@@ -129,9 +132,8 @@ def routed_chain(host: Adapted, place: str) -> Callable | None:
         if host in opened.hosts:
             return opened.chain(host, place)
     if _latest is not None and host in _latest.hosts:
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # backward runs a checkpointed forward again, in a thread of its own
+        # Backward runs a checkpointed forward again, on accelerators in a thread of its own.
+        if torch._C._current_graph_task_id() != -1:
             if _latest.closed:
                 raise GraftError(
                     "backward recomputes checkpointed activations of a batch that was routed, and the route is closed: "

@@ -431,7 +431,7 @@ def _group(site: Any, chain: Chain) -> tuple:
 
 
 def _is_additive(delta: Any) -> bool:
-    return delta.by_factors and not (delta.training and delta.dropout)
+    return delta.by_factors and not (delta.training and getattr(delta, "dropout", 0))
 
 
 def _is_stackable(site: Any, delta: Delta) -> bool:

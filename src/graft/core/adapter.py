@@ -135,11 +135,19 @@ class Registry:
     def take(self, name: str) -> tuple["Adapter", Callable[[], None]]:
         """An adapter by name, of the model or of its bank, and what to call when it is no longer used."""
         if name in self.adapters:
-            self.serving.append(name)
-            return self.adapters[name], lambda: self.serving.remove(name)
-        if self.bank is not None:
-            return self.bank.take(name)
-        raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
+            adapter, let_go = self.adapters[name], None
+        elif self.bank is not None:
+            adapter, let_go = self.bank.take(name)
+        else:
+            raise GraftError(f"no adapter is called {name!r}; the model has {', '.join(self.adapters) or 'none'}")
+        self.serving.append(name)
+
+        def done() -> None:
+            self.serving.remove(name)
+            if let_go is not None:
+                let_go()
+
+        return adapter, done
 
     def check_unmerged(self) -> None:
         if self.merged is not None:
