@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, and few threads, because tests run side by side; the recipes of bases are imported."""
+"""Shared by all tests: no network, few threads because tests run side by side, and the recipes of bases to import."""
 
 import os
 import sys
