@@ -38,7 +38,12 @@ def train(corpus: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator((row["text"] for row in texts(corpus)), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD, model_max_length=LENGTH
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        pad_token=PAD,
+        model_max_length=LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
