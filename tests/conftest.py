@@ -1,11 +1,14 @@
-"""Shared by all tests: no network, and few threads, because tests run side by side."""
+"""Shared by all tests: no network, a cache of their own, and few threads, because tests run side by side."""
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CACHE = tempfile.TemporaryDirectory()  # for as long as this process, and those which it starts
+os.environ["GRAFT_CACHE"] = CACHE.name
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
