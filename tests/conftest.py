@@ -7,10 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-CACHE = tempfile.TemporaryDirectory()  # for as long as this process, and those which it starts
-os.environ["GRAFT_CACHE"] = CACHE.name
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
 torch.set_num_threads(1)
+CACHE = tempfile.TemporaryDirectory()  # for as long as this process, and those which it starts
+os.environ["GRAFT_CACHE"] = CACHE.name

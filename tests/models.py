@@ -44,6 +44,22 @@ def bert(labels=3, seed=0, **config):
     return BertForSequenceClassification(BertConfig(**(sizes | config))).eval()
 
 
+WORDS = "good bad film book great awful plot the a was is very not story lovely dull fine poor"
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=["<pad>", "<unk>", "</s>"], show_progress=False)
+    made.train_from_iterator([WORDS], trainer)
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **special)
+
+
 def tokens(rows=3, length=9, vocabulary=50, seed=0):
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import damage
 
 from graft import tasks
 from graft.tasks import kept as module
 from graft.tasks.kept import folder, kept
+from models import damage
 
 CALLS = []
 

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from . import Row, Task
+from . import Reference, Row, Task
 from .kept import kept
 from .metrics import accuracy
 from .steps import in_steps
@@ -88,6 +88,7 @@ class Chapters(Task):
     name = "chapters"
     sources = "docstrings of the running interpreter's standard library"
     licence = "PSF-2.0"
+    reference = Reference(base="graft:minilm", steps=200, max_length=64)
     splits = {
         "train": "texts to learn from",
         "validation": "texts to choose settings with",

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Annotated, ClassVar, NamedTuple
 
 from ..core.hyper import Range
-from . import Metric, Row, Task
+from . import Metric, Reference, Row, Task
 from .chapters import sources
 from .kept import kept
 
@@ -37,6 +37,7 @@ class Code(Task):
     name = "code"
     sources = "the running interpreter's standard library, its modules in Python"
     licence = "PSF-2.0"
+    reference = Reference(base="graft:seedling", steps=200, batch_size=8, max_length=256, rows=256)
     splits = {
         "train": "functions to learn from",
         "validation": "functions of other modules",
