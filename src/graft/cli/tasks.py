@@ -38,9 +38,11 @@ def tasks(
         if (action == "list") == (name is not None):
             raise GraftError("graft tasks lists them, graft tasks show NAME shows one, graft tasks run NAME uses it")
         made = library.parse(name)[0] if name else None
-        if made and action == "run":
-            return _run(made, options, as_json)
-        found: Any = library.card(made) if made else library.catalogue()
+        found: Any = (
+            _summaries(made, options) if action == "run" else library.card(made) if made else library.catalogue()
+        )
+    if action == "run":
+        return print_json([summary.row() for summary in found]) if as_json else _print_summaries(found)
     if as_json:
         return print_json(found)
     if made is None:
@@ -70,15 +72,16 @@ def _settings() -> list[Setting]:
     return settings(reference, "Runs", ["progress"])
 
 
-def _run(made: Any, options: dict[str, Any], as_json: bool) -> None:
+def _summaries(made: Any, options: dict[str, Any]) -> list[Any]:
     from ..runs.reference import reference
+
+    return reference(made, **values(_settings(), options))
+
+
+def _print_summaries(found: list[Any]) -> None:
     from ..runs.summary import measured
 
-    found = reference(made, **values(_settings(), options))
-    rows = [s.row() for s in found]
-    if as_json:
-        return print_json(rows)
-    metrics = measured(found[0].setting)
+    rows, metrics = [s.row() for s in found], measured(found[0].setting)
     shown = [
         (r["method"], *(_spread(r["test"].get(m)) for m in metrics), len(r["seeds"]), _rate(r), r["parameters"],
          _figure(r["training"], 1, "{:.0f} s"), _figure(r["step"], 1e-3, "{:.0f} ms"),
@@ -87,7 +90,7 @@ def _run(made: Any, options: dict[str, Any], as_json: bool) -> None:
         for r in rows
     ]  # fmt: skip
     heads = ("seeds", "learning rate", "parameters", "training", "step", "memory", "adapter", "")
-    print_table(shown, ("method", *metrics, *heads), f"{made.name} on {rows[0]['base']}")
+    print_table(shown, ("method", *metrics, *heads), f"{rows[0]['task']} on {rows[0]['base']}")
 
 
 def _spread(found: dict[str, Any] | None) -> str:
