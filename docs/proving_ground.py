@@ -88,6 +88,7 @@ def machines(found: Sequence[Summary]) -> list[str]:
         f"torch {e['torch']}, transformers {e['transformers']}"
         for s in found
         for r in (*s.tuning, *s.final)
+        if r.done
         for e in [r.environment]
     }
     return sorted(seen)

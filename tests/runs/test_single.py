@@ -68,7 +68,8 @@ def test_columns_are_renamed_and_the_task_judges(answers):
 
 @pytest.mark.parametrize(
     "method, changes, said",
-    [("bitfit", {}, "it has no bias"), ("linear-probe", {}, "no new head"), ("lora", {"base": "/nowhere/x"}, "no folder"),
+    [("bitfit", {}, "it has no bias"), ("linear-probe", {}, "no new head"),
+     ("lora", {"base": "/nowhere/x"}, "no folder"),
      ("lora", {"options": {"rank": 0}}, "rank must be"), ("lora", {"task": "nothing"}, "no task is called")],
 )  # fmt: skip
 def test_what_cannot_be_done_is_a_record_with_the_reason(answers, method, changes, said):

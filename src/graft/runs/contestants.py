@@ -49,9 +49,9 @@ class Contestant:
             known = hyperparameters(method(name))
         except GraftError as error:
             near = nearest(name, CONTROLS)
-            raise GraftError(
-                f"{error}" if "known" in near else f"no method or control is called {name!r}: {near}"
-            ) from None
+            if "did you mean" in near:
+                raise GraftError(f"no method or control is called {name!r}: {near}") from None
+            raise GraftError(str(error)) from None
         given = {}
         for setting in settings:
             option, equals, value = (part.strip() for part in setting.partition("="))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def thinned(curve: list[list[float]], points: int = POINTS) -> list[list[float]]
     if len(curve) <= points:
         return curve
     borders = [round(i * len(curve) / points) for i in range(points + 1)]
-    parts = [curve[a:b] for a, b in zip(borders, borders[1:])]
+    parts = [curve[a:b] for a, b in pairwise(borders)]
     return [[part[-1][0], float(f"{sum(loss for _, loss in part) / len(part):.5g}")] for part in parts]
 
 

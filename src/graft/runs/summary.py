@@ -38,10 +38,7 @@ class Summary:
 
     def mean(self, figure: str) -> float | None:
         """Of a figure of the final runs: parameters, adapter_bytes, peak_memory, or one of `Record.seconds`."""
-        of = lambda r: (
-            r.seconds.get(figure) if figure in ("training", "step", "measuring", "in_all") else getattr(r, figure)
-        )
-        found = [value for r in self.final if (value := of(r)) is not None]
+        found = [v for r in self.final if (v := {**vars(r), **r.seconds}.get(figure)) is not None]
         return statistics.fmean(found) if found else None
 
     def row(self) -> dict[str, Any]:
@@ -107,8 +104,8 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """The interval of Welch for mean(a) - mean(b), for samples of unlike variance.
 
-    d ± t se with se^2 = s_a^2 / n_a + s_b^2 / n_b and se^4 / ((s_a^2 / n_a)^2 / (n_a - 1) + (s_b^2 / n_b)^2 / (n_b - 1))
-    degrees of freedom. A single value counts as exact, as that of a base without training is.
+    d ± t se with se^2 = v_a + v_b, v = s^2 / n, and se^4 / (v_a^2 / (n_a - 1) + v_b^2 / (n_b - 1)) degrees of freedom.
+    A single value counts as exact, as that of a base without training is.
 
     The generalization of 'Student's' problem when several different population variances are involved. Welch, 1947.
     """
@@ -125,7 +122,7 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95)
 
 
 def ties(found: Sequence[Summary], metric: str) -> list[bool]:
-    """Whether each contestant cannot be told from the one with the best mean: the interval of the difference holds 0."""
+    """Whether each contestant cannot be told from the best mean: the interval of the difference holds 0."""
     sign = -1.0 if metric == "loss" else 1.0
     values = [[sign * v for v in s.values(metric)] if s.final else None for s in found]
     known = [v for v in values if v]
