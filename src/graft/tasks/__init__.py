@@ -89,7 +89,7 @@ class Reference:
     steps: int
     batch_size: int = 16
     max_length: int | None = None
-    rows: int = 512
+    rows: int = 256
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
