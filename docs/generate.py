@@ -1,10 +1,13 @@
 """Writes what the methods, the tasks and the bases say of themselves into docs/catalogue.md, docs/tasks.md,
-docs/bases.md and the table of docs/exchange.md: `python docs/generate.py` (or --check).
+docs/bases.md and the table of docs/exchange.md, and the records of reference runs into docs/proving-ground.md:
+`python docs/generate.py` (or --check).
 """
 
 import json
 import sys
 from pathlib import Path
+
+import proving_ground
 
 from graft import bases, tasks
 from graft.bases.card import markdown
@@ -135,7 +138,9 @@ def describe_task(t: dict) -> str:
         "metrics": judged(t),
         "baseline on test": ", ".join(f"{k} {v:.3f}" for k, v in card["baseline"].items()),
         "digest": f"`{t['digest']}`" if t["digest"] else "",
+        "reference training": ", ".join(f"{k} {v}" for k, v in t["reference"].items() if v),
     }
+    facts |= {f"{r['method']} of `{r['base']}` on test": reached(r) for r in t["references"]}
     splits = "".join(f"\n| {k} | {card['sizes'].get(k, '')} | {cell(v)} |" for k, v in t["splits"].items())
     knobs = "".join(
         f"\n| {h['name']} | {cell(repr(h['default']))} | {cell(values(h))} | {cell(h['meaning'])} |" for h in t["knobs"]
@@ -151,6 +156,17 @@ def describe_task(t: dict) -> str:
     if texts:
         lines.append("```json\n" + "\n".join(json.dumps(e, ensure_ascii=False) for e in texts) + "\n```")
     return "\n\n".join(lines)
+
+
+def reached(r: dict) -> str:
+    """What a reference run gets, and where more is said of it."""
+    return (
+        f"{', '.join(f'{k} {mean_and_spread(v)}' for k, v in r['test'].items())} ([proving ground](proving-ground.md))"
+    )
+
+
+def mean_and_spread(v: dict) -> str:
+    return f"{v['mean']:.3f}" + ("" if v["sd"] is None else f" ± {v['sd']:.3f}")
 
 
 def describe(m: dict) -> str:
@@ -200,13 +216,26 @@ def exchange(text: str) -> str:
 
 
 def main() -> None:
+    found = proving_ground.load()
+    files = {
+        proving_ground.REFERENCES: proving_ground.references(found),
+        proving_ground.PAGE: proving_ground.page(found),
+    }
+    write(files)
     pages = {
         PAGE: page(),
         EXCHANGE: exchange(EXCHANGE.read_text(encoding="utf-8")),
         TASKS: tasks_page(),
         BASES: bases_page(),
     }
-    for path, text in pages.items():
+    write(pages)
+    if found and "--check" not in sys.argv:
+        proving_ground.picture(found)
+
+
+def write(files: dict[Path, str]) -> None:
+    """Write texts into their files, or with --check refuse files that hold another one."""
+    for path, text in files.items():
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

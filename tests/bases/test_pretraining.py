@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2] / "bases"
-sys.path.insert(0, str(ROOT))
-
-import corpus  # noqa: E402
-import generated  # noqa: E402
-import ngram  # noqa: E402
-import pretrain  # noqa: E402
-import release  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
+import corpus
+import generated
+import ngram
+import pretrain
+import release
+import tokenizer as tokenizers
 
 RECIPE = {
     "name": "tiny",

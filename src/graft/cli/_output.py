@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..core.disk import replace
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -48,10 +49,7 @@ def print_facts(facts: dict[str, Any], title: str | None = None) -> None:
 
 def write_whole(path: str | Path, text: str) -> None:
     """A file that is complete or as it was: written beside its place and renamed."""
-    file = Path(path).expanduser()
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    replace(Path(path).expanduser(), text.encode())
 
 
 def write_lines(path: str | Path, rows: Iterable[Any]) -> None:

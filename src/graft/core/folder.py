@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from . import disk
 from .card import CARD
 from .delta import is_finite
 from .errors import GraftError
@@ -155,9 +156,9 @@ def write(folder: Path, files: dict[str, bytes], overwrite: bool, known: Collect
         new.mkdir(parents=True)
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
-            _put(new / name, content)
+            disk.put(new / name, content)
         for place in {new, *((new / name).parent for name in files)}:
-            _flush(place)
+            disk.flush(place)
         if inside:
             os.rename(folder, old)
         try:
@@ -166,7 +167,7 @@ def write(folder: Path, files: dict[str, bytes], overwrite: bool, known: Collect
             if inside:
                 os.rename(old, folder)
             raise
-        _flush(folder.parent)
+        disk.flush(folder.parent)
     except OSError as error:
         raise GraftError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
@@ -183,23 +184,11 @@ def write_file(file: Path, content: bytes, overwrite: bool) -> None:
         raise GraftError(f"{file} is a folder: choose another place for the adapter")
     if file.exists() and not overwrite:
         raise GraftError(f"{file} is there already: pass overwrite=True to replace it")
-    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _put(new, content)
-        os.replace(new, file)
-        _flush(file.parent)
+        disk.replace(file, content)
     except OSError as error:
         raise GraftError(f"{file} cannot be written: {error.strerror or error}") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _put(file: Path, content: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _foreign(folder: Path, files: Collection[str]) -> str | None:
@@ -217,13 +206,3 @@ def _foreign(folder: Path, files: Collection[str]) -> str | None:
             name = f"{name}/{strange}"
         return name
     return None
-
-
-def _flush(folder: Path) -> None:
-    """Make the names in a folder durable, where the system has that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.resources
 import inspect
 import json
 import pkgutil
@@ -22,7 +23,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
 from ..core.errors import GraftError
@@ -73,13 +74,34 @@ class Rows(list[Row]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """How a task is trained on where methods are compared (`graft.runs`): for less than a minute on one core.
+
+    base        the base model
+    steps       optimizer steps
+    batch_size  examples in one of them
+    max_length  tokens of an example, at most; None: what the model takes
+    rows        of validation and of test, as many as are measured at most
+    columns     {name that is needed: name in the rows}
+    """
+
+    base: str
+    steps: int
+    batch_size: int = 16
+    max_length: int | None = None
+    rows: int = 256
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """One task, with values for its knobs.
 
     A class says: its `name`; its `version`, one more with every change of content; `sources`, `licence`; `splits`, what
     is in each of them: train, validation and test share no item, further ones may say otherwise; `metrics`, functions
-    of the answers given and the right ones, which stand in the column `target`; and whether it is `portable`: the same
-    rows on every machine, whose `digest` at the default knobs is then given. Its docstring is its description.
+    of the answers given and the right ones, which stand in the column `target`; the `reference` training; and whether
+    it is `portable`: the same rows on every machine, whose `digest` at the default knobs is then given. Its docstring
+    is its description.
     """
 
     name: ClassVar[str]
@@ -89,6 +111,7 @@ class Task(ABC):
     splits: ClassVar[dict[str, str]]
     metrics: ClassVar[tuple[Metric, ...]] = (exact_match,)
     target: ClassVar[str] = "completion"
+    reference: ClassVar[Reference] = Reference(base="graft:seedling", steps=300)
     portable: ClassVar[bool] = True
     digest: ClassVar[str] = ""
 
@@ -135,10 +158,13 @@ class Task(ABC):
         right = [self.answer(row) for row in rows]
         return {metric.__name__: metric(answers, right) for metric in self.metrics}
 
-    def baseline(self, split: str = "test") -> dict[str, float]:
-        """The metrics of who always gives the commonest answer of the train split; of equally common ones the first."""
+    def baseline(self, rows: Rows | None = None) -> dict[str, float]:
+        """The metrics, on the test split or on `rows`, of who always gives the commonest answer of the train split.
+
+        Of equally common ones the first.
+        """
         counts = Counter(self.answer(row) for row in self.rows("train"))
-        rows = self.rows(split)
+        rows = self.rows("test") if rows is None else rows
         return self.score(rows, [counts.most_common(1)[0][0]] * len(rows))
 
     def draw(self, purpose: str) -> random.Random:
@@ -214,6 +240,8 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "portable": cls.portable,
         "digest": cls.digest,
         "splits": cls.splits,
+        "reference": asdict(cls.reference),
+        "references": _references().get(cls.name, []),
         "knobs": [described(h) for h in hyperparameters(cls).values()],
     }
 
@@ -229,6 +257,12 @@ def card(made: Task, examples: int = 2) -> dict[str, Any]:
         "baseline": made.baseline(),
         "fingerprint": made.fingerprint(),
     }
+
+
+@functools.cache
+def _references() -> dict[str, list[dict[str, Any]]]:
+    """What full fine-tuning, a linear probe and the untrained base get, by task: from the records of reference runs."""
+    return json.loads(importlib.resources.files(__name__).joinpath("references.json").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from . import Row, Task
+from . import Reference, Row, Task
 
 # Wordings of a question: the first two are for learning, the third for validation, the fourth for the test.
 WORDINGS: dict[str, tuple[str, str, str, str]] = {
@@ -64,6 +64,7 @@ class Answers(Task):
     name = "answers"
     sources = "generated"
     licence = "CC0-1.0"
+    reference = Reference(base="graft:seedling", steps=500)
     splits = {
         "train": "every known fact in two wordings",
         "validation": "the known facts in a third wording",

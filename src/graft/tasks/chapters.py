@@ -26,7 +26,8 @@ from typing import Annotated, Literal
 
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from . import Row, Task
+from . import Reference, Row, Task
+from .kept import kept
 from .metrics import accuracy
 from .steps import in_steps
 
@@ -87,6 +88,7 @@ class Chapters(Task):
     name = "chapters"
     sources = "docstrings of the running interpreter's standard library"
     licence = "PSF-2.0"
+    reference = Reference(base="graft:minilm", steps=200, max_length=64, rows=1024)
     splits = {
         "train": "texts to learn from",
         "validation": "texts to choose settings with",
@@ -185,8 +187,9 @@ def _top(name: str) -> str:
 
 @cache
 def _docstrings() -> list[tuple[str, str, str]]:
-    """All (module, qualified name, docstring), once a process: reading the library takes seconds."""
-    return sorted({*_python_docstrings(), *_c_docstrings()})
+    """All (module, qualified name, docstring), once a process."""
+    parsed = kept(_python_docstrings, sources())
+    return sorted({*((module, name, said) for module, name, said in parsed), *_c_docstrings()})
 
 
 def sources() -> Iterator[tuple[str, bytes]]:
@@ -199,10 +202,9 @@ def sources() -> Iterator[tuple[str, bytes]]:
                 yield ".".join(parts).removesuffix(".__init__"), file.read_bytes()
 
 
-def _python_docstrings() -> Iterator[tuple[str, str, str]]:
-    """(module, qualified name, docstring) of every function and class in the library's sources."""
-    for module, source in sources():
-        yield from ((module, *found) for found in _definitions(ast.parse(source), ""))
+def _python_docstrings(sources: Iterable[tuple[str, bytes]]) -> list[tuple[str, str, str]]:
+    """(module, qualified name, docstring) of every function and class in the sources: parsing them takes seconds."""
+    return [(module, *found) for module, source in sources for found in _definitions(ast.parse(source), "")]
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from ..core.errors import GraftError
-from . import Row, Task
+from . import Reference, Row, Task
 from .metrics import accuracy
 
 VALIDATION, TEST = 240, 360  # images
@@ -24,6 +24,7 @@ class Digits(Task):
     sources = "Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49, "
     sources += "its test part, as scikit-learn holds it (load_digits)"
     licence = "CC-BY-4.0"
+    reference = Reference(base="graft:sprout", steps=300, batch_size=32, rows=512)
     splits = {
         "train": "images to learn from",
         "validation": "images to choose settings with",

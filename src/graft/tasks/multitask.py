@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from . import Row, Task
+from . import Reference, Row, Task
 
 DIRECTIONS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 WORDS = (
@@ -34,6 +34,7 @@ class Multitask(Task):
     name = "multitask"
     sources = "generated"
     licence = "CC0-1.0"
+    reference = Reference(base="graft:seedling", steps=300)
     splits = {
         "train": "journeys to learn from",
         "validation": "journeys that no other split has in any order",

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from . import Row
+from . import Reference, Row
 from .code import Code, Function
 from .metrics import chrf, exact_match
 
@@ -17,6 +17,7 @@ class Names(Code):
     """
 
     name = "names"
+    reference = Reference(base="graft:seedling", steps=200, max_length=256)
     metrics = (exact_match, chrf)
 
     def row(self, found: Function) -> Row | None:

@@ -6,7 +6,7 @@ from random import Random
 from typing import Annotated
 
 from ..core.hyper import Range, hyperparameters
-from . import Row
+from . import Reference, Row
 from .metrics import exact_match
 from .rewrites import Rewrites, apply, joined, read, spaced
 
@@ -32,6 +32,7 @@ class Prefer(Rewrites):
     """
 
     name = "prefer"
+    reference = Reference(base="graft:seedling", steps=300, columns={"completion": "chosen"})
     splits = {
         "train": "pairs on the rules to learn from, some of them flipped if there is noise",
         "validation": "pairs on rules that no other split has",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from . import Row, Task
+from . import Reference, Row, Task
 
 LEFT, RIGHT = 2, 3  # letters that a rule looks for; at most so many that it writes
 UNSEEN, TESTED = 128, 512  # rules and rows of each split but train
@@ -33,6 +33,7 @@ class Rewrites(Task):
     name = "rewrites"
     sources = "generated"
     licence = "CC0-1.0"
+    reference = Reference(base="graft:seedling", steps=300)
     splits = {
         "train": "instructions with the rules to learn from",
         "validation": "rules that no other split has",

@@ -1,0 +1,54 @@
+"""What decides the result of a run."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..catalogue import plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One run; equal ones give the same metrics on the same machine with as many threads.
+
+    base      the base model; `weights` its fingerprint, so that other weights under that name are another run
+    task      the name of a task, with its `version`, its `knobs` and the fingerprint `data` of its rows
+    method    a method, or one of `graft.runs.single.CONTROLS`
+    options   its hyperparameters
+    targets   modules to adapt; by default what the method is made for
+    seed      of what is new in the model and of the order of the data; the task has its own among the knobs
+    training  what `graft.fit` takes
+    rows      as many rows of a split as are measured at most, drawn by the task's seed
+    splits    what is measured, of the parameters after the last step
+    """
+
+    base: str
+    weights: str | None = None
+    task: str
+    version: int = 1
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    targets: Any = None
+    seed: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = 512
+    splits: tuple[str, ...] = ("validation",)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return plain(asdict(self))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Configuration":
+        """From what `plain` gives."""
+        return cls(**{**content, "splits": tuple(content["splits"])})
+
+    @cached_property
+    def id(self) -> str:
+        """Its name: 16 digits of the SHA-256 over all of it."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Many runs, each in a process of its own: one that dies takes no other with it, and memory is counted for each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .configuration import Configuration
+from .contestants import title
+from .single import failed
+from .store import Record, Store
+
+PROGRAM = ("-m", "graft.runs")
+POLL = 0.05  # seconds between two looks at the processes
+
+
+@dataclass
+class _Child:
+    configuration: Configuration
+    process: subprocess.Popen
+    errors: Any
+    begun: float
+
+
+def run(
+    configurations: Iterable[Configuration],
+    folder: str | Path,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    retry: bool = False,
+    progress: bool = True,
+) -> list[Record]:
+    """The records of the configurations, in their order; those which the folder has not are made.
+
+    jobs      processes at a time
+    threads   of each of them
+    retry     make those again that failed
+    progress  show on stderr how far it is
+
+    A run that fails, or whose process dies, gives a record with the reason, and the others go on. When this process
+    ends, however it does, the others do too; what is not in the folder then is made by the next call.
+    """
+    store, wanted = Store(folder), list(configurations)
+    missing = {c.id: c for c in wanted if (r := store.get(c)) is None or (retry and not r.done)}
+    waiting, running = list(missing.values()), list[_Child]()
+    with _bar(len(missing), progress) as tell:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_start(waiting.pop(0), store, threads))
+                    tell(running, None)
+                for child in [c for c in running if c.process.poll() is not None]:
+                    running.remove(child)
+                    tell(running, _finish(child, store))
+                time.sleep(POLL)
+        finally:
+            for child in running:
+                child.process.kill()
+                child.process.wait()
+    found = [store.get(c) for c in wanted]
+    return [record for record in found if record]
+
+
+def _start(configuration: Configuration, store: Store, threads: int) -> _Child:
+    source = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, *PROGRAM, str(store.folder), json.dumps(configuration.plain())]
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _finish)
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
+        start_new_session=os.name == "posix",  # an interruption at the terminal is for this process alone
+    )  # fmt: skip
+    return _Child(configuration, process, errors, time.monotonic())
+
+
+def _finish(child: _Child, store: Store) -> Record:
+    """The record of a process that has ended, made here if it left none."""
+    code = child.process.returncode
+    if child.process.stdin:
+        child.process.stdin.close()
+    child.errors.seek(0)
+    lines = child.errors.read().decode(errors="replace").strip().splitlines()
+    child.errors.close()
+    record = store.get(child.configuration)
+    if code and not (record and record.done):
+        last = f": {lines[-1]}" if lines else ""
+        died = f"ended with code {code}{last}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+        hint = " (often because memory ran out)" if code == -9 else ""
+        record = failed(child.configuration, f"the process {died}{hint}", time.monotonic() - child.begun)
+        store.put(record)
+    assert record
+    return record
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[list[_Child], Record | None], None]]:
+    """Something to tell which runs there are, and which one has ended: a bar on a terminal, lines elsewhere."""
+    ended = []
+
+    def lines(running: list[_Child], record: Record | None) -> None:
+        if record:
+            ended.append(record)
+            what = "done" if record.done else f"failed: {record.reason}"
+            print(f"{len(ended)} of {total} runs: {_called(record.configuration)} {what}", file=sys.stderr, flush=True)
+
+    if not (progress and total and sys.stderr.isatty()):
+        yield lines if progress else lambda running, record: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True, markup=False, highlight=False)
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        shown = bar.add_task("", total=total)
+
+        def live(running: list[_Child], record: Record | None) -> None:
+            if record and not record.done:
+                console.print(f"{_called(record.configuration)} failed: {record.reason}")
+            now = ", ".join(_called(child.configuration) for child in running)
+            bar.update(shown, advance=1 if record else 0, description=now)
+
+        yield live
+
+
+def _called(c: Configuration) -> str:
+    rate = c.training.get("learning_rate")
+    return f"{c.task} {title(c.method, c.options)}{'' if rate is None else f' {rate:g}'} seed {c.seed}"

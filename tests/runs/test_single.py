@@ -1,0 +1,92 @@
+"""One run: what is trained, what is measured, and that it comes again."""
+
+from dataclasses import replace
+
+import pytest
+from made_up import FACTS
+
+import graft
+from graft import tasks
+from graft.runs.configuration import Configuration
+from graft.runs.single import perform, subset
+
+
+@pytest.fixture
+def answers(bases):
+    """A configuration of `answers` on the tiny language model."""
+
+    def made(method="lora", **changes):
+        training = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 0.06}
+        common = Configuration(base=str(bases / "llama"), task="answers", knobs=FACTS, method=method, training=training)
+        return replace(common, rows=8, **changes)
+
+    return made
+
+
+def test_the_same_configuration_gives_the_same_metrics_and_another_seed_others(answers):
+    first, again, other = (perform(answers(seed=seed, splits=("validation", "test"))) for seed in (0, 0, 1))
+    assert (
+        first.metrics == again.metrics and first.curve == again.curve and first.metrics.keys() == {"validation", "test"}
+    )
+    assert other.curve != first.curve and other.metrics["test"]["loss"] != first.metrics["test"]["loss"]
+    assert len(first.curve) == 6 and first.seconds.keys() == {"training", "step", "measuring", "in_all"}
+
+
+def test_only_what_is_asked_for_is_measured(answers):
+    record = perform(answers())
+    assert record.metrics.keys() == record.baseline.keys() == {"validation"}
+
+
+def test_the_base_as_it_is_is_what_evaluate_measures(answers, bases):
+    found = perform(answers("zero-shot", splits=("test",)))
+    base = graft.load_base(bases / "llama", objective="causal-lm")
+    rows = subset(tasks.task("answers", **FACTS), "test", 8)
+    assert len(rows) == 8 and found.metrics["test"] == graft.evaluate(base.model, rows, **base.arguments())
+    assert found.baseline["test"] == rows.task.baseline(rows) and found.parameters == 0 and found.curve == []
+
+
+def test_full_fine_tuning_trains_all_of_the_base_and_the_probe_its_head_alone(answers, bases):
+    base = graft.load_base(bases / "llama").model
+    full = perform(answers("full-fine-tuning"))
+    assert full.parameters == sum(p.numel() for p in base.parameters()) and full.adapter_bytes == 4 * full.parameters
+    assert full.curve[-1][1] < full.curve[0][1]
+    probe = perform(replace(answers("linear-probe"), base=str(bases / "bert"), task="chapters", knobs={}))
+    rows = tasks.load("chapters")
+    whole = graft.load_base(bases / "bert", objective="classification", examples=rows)
+    new = [whole.model.get_submodule(path) for path in whole.heads]  # a pooler and a classifier
+    assert whole.model.classifier in new and probe.status == "done", probe.reason
+    assert probe.parameters == sum(p.numel() for m in new for p in m.parameters())
+    assert 0 <= probe.metrics["validation"]["accuracy"] <= 1
+
+
+def test_columns_are_renamed_and_the_task_judges(answers):
+    knobs = {"examples": 20, "rules": 4, "letters": 4}
+    training = answers().training | {"columns": {"completion": "chosen"}}
+    record = perform(replace(answers(), task="prefer", knobs=knobs, training=training))
+    assert {"reward", "exact_match", "loss"} <= record.metrics["validation"].keys()
+
+
+@pytest.mark.parametrize(
+    "method, changes, said",
+    [("bitfit", {}, "it has no bias"), ("linear-probe", {}, "no new head"),
+     ("lora", {"base": "/nowhere/x"}, "no folder"),
+     ("lora", {"options": {"rank": 0}}, "rank must be"), ("lora", {"task": "nothing"}, "no task is called")],
+)  # fmt: skip
+def test_what_cannot_be_done_is_a_record_with_the_reason(answers, method, changes, said):
+    record = perform(replace(answers(method), **changes))
+    assert record.status == "failed" and said in record.reason and not record.metrics
+
+
+def test_a_bug_and_full_memory_are_records_too(answers, monkeypatch):
+    for error, said in ((KeyError("lost"), "KeyError: 'lost'"), (MemoryError(), "memory ran out")):
+        monkeypatch.setattr("graft.runs.single.evaluate", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        assert perform(answers("zero-shot")).reason == said
+
+
+def test_a_subset_is_drawn_by_the_seed_of_the_task_and_in_order():
+    task = tasks.task("rewrites", examples=50)
+    rows = subset(task, "test", 40)
+    places = [task.rows("test").index(row) for row in rows]
+    assert places == sorted(set(places)) and len(places) == 40 and rows == subset(task, "test", 40)
+    assert subset(task, "test", 10_000) == task.rows("test")
+    assert [task.rows("test").index(row) for row in subset(task, "test", 41)] != places
