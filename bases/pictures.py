@@ -176,3 +176,27 @@ def arguments(description: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="write the base into src/graft/bases at the end")
     return parser
+
+
+def facts(records: Sequence[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
+    """How a run was made, as a card has it."""
+    return {
+        "optimizer": "AdamW, cosine schedule, moving average of the weights",
+        "steps": len(records) and int(records[-1]["step"]),
+        "seed": options.seed,
+        "seconds": records[-1]["seconds"],
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def source(what: str) -> dict[str, str]:
+    """Where the images are from, as a card has it."""
+    return {"what": what, "licence": tasks.find("digits").licence, "source": tasks.find("digits").sources}
+
+
+def show(measured: dict[str, dict[str, float]]) -> None:
+    """The figures as a table on the screen."""
+    for figure, by in measured.items():
+        print(f"{figure:40}", *(f"{name} {value:.4f}" for name, value in by.items()), sep="  ")

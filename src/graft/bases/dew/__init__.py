@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class DewConfig(PretrainedConfig):
@@ -99,7 +99,7 @@ class DewBlock(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.modulation = nn.Linear(width, 6 * width)
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps) for _ in range(2))
         self.attention = DewAttention(width, config.num_attention_heads)
         self.mlp = DewMLP(width, config.intermediate_size)
 
@@ -130,7 +130,7 @@ class DewForImageGeneration(PreTrainedModel):
         self.patch_embedding = nn.Linear(patch, width)
         self.position_embedding = nn.Parameter(torch.zeros(1, (config.image_size // config.patch_size) ** 2, width))
         self.blocks = nn.ModuleList(DewBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, config.layer_norm_eps, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.modulation = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, patch)
         self.post_init()
@@ -143,6 +143,9 @@ class DewForImageGeneration(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=spread)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif module is self:
             nn.init.normal_(self.position_embedding, std=spread)
         zero = [self.projection, self.modulation, *(block.modulation for block in self.blocks)]
@@ -197,6 +200,3 @@ class DewForImageGeneration(PreTrainedModel):
         noise = torch.randn(len(labels), self.config.num_channels, size, size, generator=generator)
         place = self.position_embedding.device
         return self.flow(noise.to(place), labels.to(place), steps=steps, guidance=guidance).clamp(-1, 1)
-
-
-AutoConfig.register("dew", DewConfig, exist_ok=True)
