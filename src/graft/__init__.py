@@ -50,12 +50,16 @@ _PUBLIC = {
     "save_merged": "models",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+_PACKAGES = ("bases", "tasks")
+
+__all__ = ["__version__", *_PUBLIC, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f".{name}", __name__)
     else:
         value = _methods().get(name) if name[0].isupper() else None
         if value is None:
@@ -71,4 +75,4 @@ def _methods() -> dict[str, Any]:
 
 
 def __dir__():
-    return sorted({*globals(), *_PUBLIC, *_methods()})
+    return sorted({*globals(), *_PUBLIC, *_PACKAGES, *_methods()})

@@ -23,7 +23,7 @@ from .training import predict
 from .training.report import PeakMemory
 from .tuning import tune
 
-BASE = "minilm"
+BASE = "graft:minilm"
 METHOD: dict[str, Any] = {"rank": 8, "alpha": 16.0}
 # A first sensible choice, not a tuned one. Probe and adapter see the same texts, cut at 64 tokens.
 TRAINING: dict[str, Any] = {

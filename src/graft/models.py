@@ -1,13 +1,7 @@
-"""Base models by name: a local folder, a model id of the Hugging Face hub, or one of `graft/bases`.
-
-A file in `graft/bases` is a base under its own name: `path()` gives the folder that holds its weights (safetensors),
-configuration and tokenizer; a class of models in it, such as ...ForSequenceClassification, is taken for that objective.
-"""
+"""Base models by name: a local folder, a model id of the Hugging Face hub, or a base that ships (`graft.bases`)."""
 
 import contextlib
 import copy
-import importlib
-import pkgutil
 import re
 import shutil
 import socket
@@ -72,7 +66,7 @@ def load_base(
 ) -> Base:
     """Load a base model with its tokenizer or image processor.
 
-    name       a local folder, the id of a model on the Hugging Face hub, or a base that ships: `ships()` names them
+    name       a local folder, the id of a model on the Hugging Face hub, or graft:NAME, a base that ships
     objective  the one it is for; without it the model is of the class that its checkpoint names
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
     config     entries of the configuration instead of both, as an adapter's `task` holds them
@@ -81,8 +75,8 @@ def load_base(
     revision   of the model on the hub
     seed       of modules which the checkpoint does not hold
 
-    Only a name that is no folder and does not ship is looked for on the hub. Weights are read from safetensors only,
-    and code that comes with a model is not run.
+    A bare NAME is a base that ships too where no folder is called so. Only a name that is neither is looked for on the
+    hub. Weights are read from safetensors only, and code that comes with a model is not run.
     """
     kinds = ("auto", "float32", "bfloat16", "float16")
     if dtype not in kinds:
@@ -90,10 +84,8 @@ def load_base(
     place = _device(device)
     source = _locate(str(name), revision)
     task = None if objective is None else objectives.find(objective)
-    with _reading(str(name), task), torch.random.fork_rng(devices=[]):
-        from transformers import AutoConfig
-
-        settings = AutoConfig.from_pretrained(source.place, **source.options)
+    with _reading(source.name, task), torch.random.fork_rng(devices=[]):
+        settings = _settings(source)
         changes = dict(config or {})
         if task and config is None:
             changes = task.outputs(settings, examples, labels)
@@ -105,28 +97,21 @@ def load_base(
             ignore_mismatched_sizes=bool(changes), **source.options,
         )  # fmt: skip
     if task is not None and task.auto == "AutoModelForCausalLM":
-        _check_causal(str(name), model)
+        _check_causal(source.name, model)
     processor = processor_of(model, source.place)
-    if source.module:
-        model.name_or_path = model.config._name_or_path = str(name)
+    if source.name.startswith(bases.PREFIX):
+        model.name_or_path = model.config._name_or_path = source.name
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
-    return Base(str(name), model.to(place).eval(), processor, objective, whole(model, new))
+    return Base(source.name, model.to(place).eval(), processor, objective, whole(model, new))
 
 
 def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:
     """The model of a checkpoint without its weights (on the meta device): its modules, to look at."""
     source = _locate(str(name), revision)
-    with _reading(str(name)), torch.device("meta"):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.place, **source.options)
+    with _reading(source.name), torch.device("meta"):
+        config = _settings(source)
         cls = _model_class(source, config, None)
         return (getattr(cls, "from_config", None) or cls._from_config)(config)
-
-
-def ships() -> list[str]:
-    """The names of the bases that ship with the library."""
-    return sorted(m.name for m in pkgutil.iter_modules(bases.__path__))
 
 
 def whole(model: nn.Module, names: set[str]) -> list[str]:
@@ -196,35 +181,40 @@ def _check(folder: Path, model: Any, state: dict[str, torch.Tensor]) -> None:
 
 @dataclass
 class _Source:
-    """Where a checkpoint lies: a folder or a hub id; `module` is the file of a base that ships."""
+    """Where a checkpoint lies: a folder or a hub id.
 
+    name  the one spelling of what was asked for
+    base  the base that it is, or was merged from, if that ships
+    """
+
+    name: str
     place: str
     options: dict[str, Any]
-    module: Any = None
+    base: bases.Shipped | None = None
 
 
 def _locate(name: str, revision: str | None) -> _Source:
     """Nothing but a hub id may use the network."""
+    if base := bases.named(name):
+        return _Source(base.id, str(base.path()), {"local_files_only": True}, base)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise GraftError(f"the folder {name} holds no model: it has no config.json")
-        return _Source(str(path), {"local_files_only": True})
-    if name in ships():
-        module = _ship(name)
-        try:
-            return _Source(str(module.path()), {"local_files_only": True}, module)
-        except ImportError as error:
-            raise GraftError(str(error)) from error
+        return _Source(name, str(path), {"local_files_only": True})
     if path.exists():
         raise GraftError(f"{name} is a file; a model is a folder with config.json and safetensors")
     if not _HUB_ID.fullmatch(name) or (path.parent.is_dir() and path.parent != Path()):
         raise GraftError(
             f"there is no folder {name}: a model is a local folder, the id of a model on the Hugging Face hub, "
-            f"or a base that ships ({', '.join(ships()) or 'none here'})"
+            f"or a base that ships ({_ships()})"
         )
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    return _Source(name, options if _reachable() else {**options, "local_files_only": True})
+    return _Source(name, name, options if _reachable() else {**options, "local_files_only": True})
+
+
+def _ships() -> str:
+    return ", ".join(f"{bases.PREFIX}{name}" for name in bases.names())
 
 
 def _reachable() -> bool:
@@ -241,14 +231,21 @@ def _reachable() -> bool:
         return False
 
 
-def _ship(name: str) -> Any:
-    return importlib.import_module(f"{bases.__name__}.{name}")
+def _settings(source: _Source) -> Any:
+    """The configuration of a checkpoint, which finds the base that defines its class where transformers does not."""
+    import transformers
+
+    entries, _ = transformers.PretrainedConfig.get_config_dict(source.place, **source.options)
+    named = (entries.get("architectures") or [""])[0]
+    if source.base is None and named and not hasattr(transformers, named):
+        source.base = bases.defining(named)
+    own = {cls.config_class.model_type: cls.config_class for cls in _own(source).values()}
+    known = own.get(entries.get("model_type"), transformers.AutoConfig)
+    return known.from_pretrained(source.place, **source.options)
 
 
-def _own_classes(module: Any) -> dict[str, Any]:
-    """The models that the file of a base defines, by name."""
-    classes = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)}
-    return {k: v for k, v in classes.items() if v.__module__ == module.__name__}
+def _own(source: _Source) -> dict[str, Any]:
+    return source.base.models() if source.base else {}
 
 
 def _model_class(source: _Source, config: Any, task: type[objectives.Objective] | None) -> Any:
@@ -258,12 +255,8 @@ def _model_class(source: _Source, config: Any, task: type[objectives.Objective] 
     named = (getattr(config, "architectures", None) or [""])[0]
     if task is None and hasattr(transformers, named):
         return getattr(transformers, named)
-    if source.module is None and not hasattr(transformers, named):  # written by `save_merged` from a base that ships
-        owners = [_ship(base) for base in ships() if named in _own_classes(_ship(base))] if named else []
-        source.module = owners[0] if owners else None
-    own = _own_classes(source.module) if source.module else {}
     ending = named if task is None else task.auto.removeprefix("AutoModel")
-    fitting = [cls for name, cls in own.items() if name.endswith(ending)] if ending else []
+    fitting = [cls for name, cls in _own(source).items() if name.endswith(ending)] if ending else []
     return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
 
 
@@ -345,7 +338,7 @@ def _reason(name: str, task: type[objectives.Objective] | None, error: Exception
     if kinds & unreachable or "offline mode" in text:
         return (
             f"{name} is neither a folder nor on this machine, and the Hugging Face hub cannot be reached: "
-            f"go online, or name a folder or a base that ships ({', '.join(ships()) or 'none here'})"
+            f"go online, or name a folder or a base that ships ({_ships()})"
         )
     if "trust_remote_code" in text:
         return f"{name} needs code of its own, which is not run: use a model that transformers knows by itself"

@@ -54,7 +54,7 @@ def tune(
 ) -> Tuned:
     """Load a base model, put one or several new adapters on it, train them together on data and save them.
 
-    model      a folder, the id of a model on the hub, or a base that ships, see `load_base`
+    model      a folder, the id of a model on the hub, or graft:NAME, see `load_base`
     data       a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, "owner/name" on the hub, `task:NAME`, a
                list of dicts
     method     graft.LoRA(rank=8), or the name of a method; a list of these is a chain, innermost first, whose adapters

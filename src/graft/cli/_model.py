@@ -7,7 +7,7 @@ import typer
 
 from ._settings import Setting, settings, values
 
-NAMED = typer.Argument(metavar="MODEL", help="A folder, a model id of the hub, or a base that ships.")
+NAMED = typer.Argument(metavar="MODEL", help="A folder, a model id of the hub, or graft:NAME (graft bases).")
 DATA = typer.Option(help="A file, a folder, owner/name of a data set on the hub, or task:NAME (graft tasks).")
 ADAPTER = typer.Option(help="A folder, or an id on the hub; ours or Hugging Face PEFT's.")
 

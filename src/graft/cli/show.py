@@ -60,12 +60,12 @@ def _print_adapter(facts: dict, title: str) -> None:
 
 
 def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
+    from .. import bases
     from ..catalogue import describe
     from ..core.delta import METHODS
     from ..core.folder import CHAIN, CONFIG
     from ..core.recipe import method as called
     from ..inspection import adapter_facts, model_facts
-    from ..models import ships
     from ..training.messages import nearest
 
     folder = Path(name).expanduser()
@@ -74,9 +74,9 @@ def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
     ):
         found = adapter_facts(folder)
         return ("adapter", found[0]) if len(found) == 1 else ("adapters", {"adapters": found})
-    if folder.is_dir() or name in ships() or "/" in name:
+    if folder.is_dir() or bases.named(name) or "/" in name:
         return "model", model_facts(name, targets and split(targets), method)
     called("lora")  # loads the catalogue
     if name not in METHODS:
-        raise GraftError(f"there is no method, base or folder {name!r}: {nearest(name, [*METHODS, *ships()])}")
+        raise GraftError(f"there is no method, base or folder {name!r}: {nearest(name, [*METHODS, *bases.names()])}")
     return "method", describe(METHODS[name])

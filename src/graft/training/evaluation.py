@@ -1,5 +1,6 @@
 """Metrics and predictions of a model on data."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,9 +137,10 @@ def processor_of(model: nn.Module, given: Any) -> Any:
         raise GraftError(f"{type(model).__name__} does not say which tokenizer it uses: pass processor=")
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    shipped = importlib.import_module("graft.bases").named(name)
     loader = AutoImageProcessor if getattr(model, "main_input_name", "") == "pixel_values" else AutoTokenizer
     try:
-        return loader.from_pretrained(name)
+        return loader.from_pretrained(name if shipped is None else shipped.path())
     except Exception as error:
         raise GraftError(
             f"cannot load the tokenizer or image processor of {name!r}: {said(error)}; pass processor="

