@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import ViTImageProcessor
 
 from graft import tasks
 from graft.training import checkpoints
@@ -26,6 +27,11 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     rows = tasks.load("digits", split=split)
     images = torch.tensor(np.stack([row["image"][..., 0] for row in rows]))
     return images[:, None] / 127.5 - 1, torch.tensor([int(row["label"]) for row in rows])
+
+
+def processor() -> Any:
+    """Grey images of any size as 8 x 8 pixels from -1 to 1."""
+    return ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
 
 
 def some(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
