@@ -40,7 +40,7 @@ def known(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    folder: Path, *, steps: int, seed: int = 0, device: str = "cpu", batch: int = 128, **sizes: Any
+    folder: Path, *, steps: int, until: int | None = None, seed: int = 0, device: str = "cpu", batch: int = 128, **sizes: Any
 ) -> tuple[DewForImageGeneration, list[dict[str, float]]]:
     """The trained model, and the records of the run, see `pictures.train`."""
     model = build(seed, **sizes)
@@ -58,7 +58,7 @@ def train(
         return mean_loss(model, held, right)
 
     records = pictures.train(
-        model, loss, held_out, steps=steps, folder=folder, seed=seed, learning_rate=1e-3, average=0.998, device=device
+        model, loss, held_out, steps=steps, until=until, folder=folder, seed=seed, learning_rate=1e-3, average=0.998, device=device
     )  # fmt: skip
     return model, records
 
@@ -76,7 +76,7 @@ def measure(model: DewForImageGeneration) -> dict[str, dict[str, float]]:
     first = torch.cat([(digits == digit).nonzero()[:EACH, 0] for digit in range(KNOWN)])
     drawn = {
         f"dew, guidance {g:g}": model.sample(chosen, guidance=g, generator=torch.Generator().manual_seed(0))
-        for g in (1.0, 1.5, 2.0)
+        for g in (1.0, 2.0)
     }
     drawn["untrained"] = untrained.sample(chosen, generator=torch.Generator().manual_seed(0))
     drawn["real train images"] = real[first]
@@ -100,7 +100,7 @@ def measure(model: DewForImageGeneration) -> dict[str, dict[str, float]]:
 
 def main(args: list[str]) -> None:
     options = pictures.arguments((__doc__ or "").split("\n")[0], steps=4000).parse_args(args)
-    model, records = train(options.output, steps=options.steps, seed=options.seed, device=options.device)
+    model, records = train(options.output, **pictures.plan(options))
     model = model.bfloat16().float()  # as it is published
     measured = measure(model)
     pictures.show(measured)

@@ -87,6 +87,7 @@ def train(
     held_out: Callable[[nn.Module], float],
     *,
     steps: int,
+    until: int | None = None,
     folder: Path,
     learning_rate: float,
     weight_decay: float = 0.05,
@@ -100,6 +101,7 @@ def train(
 
     loss      of one step, whose draws come from a generator that the seed and the number of the step decide alone
     held_out  the loss, on other images, of the averaged weights
+    until     stop after this step of the schedule, for now: a later call goes on from there
     average   what the moving average keeps of itself in one step, once it is that old
     every     steps between two records of `folder`/log.jsonl, which are returned, and two checkpoints in `folder`
 
@@ -111,7 +113,7 @@ def train(
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99))
-    done, records, begun = 0, [], time.perf_counter()
+    done, last, records, begun = 0, until or steps, [], time.perf_counter()
     if found := checkpoints.newest(folder):
         done, state = found
         records, begun = state["records"], begun - state["records"][-1]["seconds"]
@@ -122,8 +124,8 @@ def train(
         optimizer.load_state_dict(known | {"state": state["optimizer"]})
     sums: list[Tensor] = []
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("training", total=steps, completed=done)
-        for step in range(done + 1, steps + 1):
+        bar = progress.add_task("training", total=last, completed=done)
+        for step in range(done + 1, last + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(step / warmup, 0.5 * (1 + np.cos(np.pi * step / steps)))
             model.train()
@@ -136,7 +138,7 @@ def train(
             keep = min(average, (1 + step) / (10 + step))
             torch._foreach_lerp_(averaged, list(model.parameters()), 1 - keep)
             sums.append(value.detach())
-            if step % every == 0 or step == steps:
+            if step % every == 0 or step == last:
                 weights = [p.detach().clone() for p in model.parameters()]
                 _carry(model, averaged)
                 model.eval()
@@ -178,22 +180,29 @@ def arguments(description: str, steps: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; a run in it goes on")
     parser.add_argument("--steps", type=int, default=steps, help="of the optimizer (default: %(default)s)")
+    parser.add_argument("--until", type=int, help="stop after this step; the same command goes on from there")
     parser.add_argument("--seed", type=int, default=0, help="of weights and draws (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="write the base into src/graft/bases at the end")
     return parser
 
 
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """What a recipe's `train` takes of its options."""
+    return {name: getattr(options, name) for name in ("steps", "until", "seed", "device")}
+
+
 def facts(records: Sequence[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     """How a run was made, as a card has it."""
+    done = int(records[-1]["step"])
     return {
         "optimizer": "AdamW, cosine schedule, moving average of the weights",
-        "steps": len(records) and int(records[-1]["step"]),
+        "steps": done if done == options.steps else f"the first {done:,} of a schedule of {options.steps:,}",
         "seed": options.seed,
         "seconds": records[-1]["seconds"],
         "device": options.device,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 

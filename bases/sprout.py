@@ -79,7 +79,7 @@ def build(objective: str, seed: int = 0, **sizes: Any) -> Any:
 
 
 def train(
-    objective: str, folder: Path, *, steps: int, seed: int = 0, device: str = "cpu", batch: int = 64, **sizes: Any
+    objective: str, folder: Path, *, steps: int, until: int | None = None, seed: int = 0, device: str = "cpu", batch: int = 64, **sizes: Any
 ) -> tuple[Any, list[dict[str, float]]]:
     """What `build` gives, trained for one of the `OBJECTIVES`, and the records of the run, see `pictures.train`."""
     model = build(objective, seed, **sizes)
@@ -97,7 +97,7 @@ def train(
         return float(torch.stack([model.loss(held[0][r], held[1][r], draw) for r in rows]).mean())
 
     records = pictures.train(
-        model, loss, held_out, steps=steps, folder=folder, seed=seed, learning_rate=1e-3, device=device
+        model, loss, held_out, steps=steps, until=until, folder=folder, seed=seed, learning_rate=1e-3, device=device
     )  # fmt: skip
     return model, records
 
@@ -147,7 +147,7 @@ def probe(encode: Any, each: int | None = None) -> dict[str, float]:
 def fine_tuned(encoder: ViTModel) -> dict[str, float]:
     """Accuracy on the validation and the test images of the whole encoder trained with a classifier on the train images.
 
-    20 passes, AdamW, learning rate 3e-4; the weights of the pass that is best on the validation images.
+    10 passes, AdamW, learning rate 3e-4; the weights of the pass that is best on the validation images.
     """
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**SIZES, num_labels=10))
@@ -155,7 +155,7 @@ def fine_tuned(encoder: ViTModel) -> dict[str, float]:
     rows = {split: tasks.load("digits", split=split) for split in tasks.SPLITS}
     options = {"objective": "image-classification", "processor": processor()}
     found = graft.fit(
-        model, rows["train"], validation=rows["validation"], epochs=20, batch_size=32, learning_rate=3e-4, **options
+        model, rows["train"], validation=rows["validation"], epochs=10, batch_size=32, learning_rate=3e-4, **options
     )  # fmt: skip
     test = graft.evaluate(model, rows["test"], **options)
     return {"validation": found.metrics["accuracy"], "test": test["accuracy"]}
@@ -163,8 +163,7 @@ def fine_tuned(encoder: ViTModel) -> dict[str, float]:
 
 def main(args: list[str]) -> None:
     options = pictures.arguments((__doc__ or "").split("\n")[0], steps=1500).parse_args(args)
-    how = dict(steps=options.steps, seed=options.seed, device=options.device)
-    runs = {name: train(name, options.output / name, **how) for name in OBJECTIVES}
+    runs = {name: train(name, options.output / name, **pictures.plan(options)) for name in OBJECTIVES}
     encoders = {name: bare(model.encoder) for name, (model, _) in runs.items()}
     encoders |= {f"untrained, seed {seed}": bare(build("contrastive", seed).encoder) for seed in range(3)}
     encode = {name: lambda images, e=encoder: features(e, images) for name, encoder in encoders.items()}

@@ -3,13 +3,11 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
 
 import graft
 from graft.bases.dew import DewConfig, DewForImageGeneration
-from graft.training.objectives import flow_matching
 from graft.training.objectives.flow_matching import flow_loss
 from models import move
 
@@ -156,3 +154,65 @@ def test_presets_find_the_parts_of_the_network():
     assert found("blocks", ("module",)) == {"blocks.0", "blocks.1"}
     assert found("attention", ("module",)) == {"blocks.0.attention", "blocks.1.attention"}
     assert {"patch_embedding", "time_embedding.fc1"} <= found("all-linear") and "projection" not in found("all-linear")
+
+
+# As it was published
+
+
+@pytest.fixture(scope="module")
+def published():
+    pytest.importorskip("sklearn")
+    return graft.load_base("graft:dew")
+
+
+def test_it_draws_the_digits_that_it_is_asked_for(published):
+    from graft.tasks.samples import quality
+
+    labels = torch.arange(8).repeat_interleave(12)
+    drawn = published.model.sample(labels, steps=8, generator=seeded(0))
+    untrained = small().sample(labels, steps=8, generator=seeded(0))
+    good, bad = quality(drawn.numpy(), labels), quality(untrained.numpy(), labels)
+    assert good["class_accuracy"] > 0.85 and bad["class_accuracy"] < 0.3
+    assert good["frechet"] < 0.1 * bad["frechet"]
+    guided = published.model.sample(labels, steps=8, guidance=2.0, generator=seeded(0))
+    assert quality(guided.numpy(), labels)["class_accuracy"] >= good["class_accuracy"]
+
+
+def test_it_is_measured_and_adapted_from_the_command_line(published, tmp_path, capsys):
+    """It names the digits it has seen by their loss, and learns to draw those which it has not."""
+    from graft.cli import run
+
+    new = tmp_path / "new.jsonl"
+    images = [row for row in graft.tasks.load("digits") if row["label"] in "89"]
+    new.write_text("".join(json.dumps({"image": {"path": str(tmp_path / f"{i}.png")}, "label": r["label"]}) + "\n"
+                           for i, r in enumerate(images)))  # fmt: skip
+    Image = pytest.importorskip("PIL.Image")
+    for i, row in enumerate(images):
+        Image.fromarray(row["image"]).save(tmp_path / f"{i}.png")
+
+    def measured(*args):
+        assert run(["eval", "graft:dew", "--data", str(new), "--json", *args]) == 0
+        return json.loads(capsys.readouterr().out)["loss"]
+
+    before = measured()
+    place = tmp_path / "adapter"
+    tune = ["tune", "graft:dew", "--data", str(new), "--method", "lora", "--rank", "8", "--output", str(place)]
+    assert run([*tune, "--steps", "60", "--batch-size", "32", "--learning-rate", "5e-3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == "flow-matching"
+    assert measured("--adapter", str(place)) < 0.9 * before
+    picture = tmp_path / "grid.png"
+    draw = ["sample", "graft:dew", "--adapter", str(place), "--label", "8", "--label", "9", "--count", "3", "--zoom", "4"]
+    assert run([*draw, "--steps", "4", "--output", str(picture)]) == 0
+    assert Image.open(picture).size == (3 * 8 * 4, 2 * 8 * 4)
+    capsys.readouterr()
+    assert run([*draw[:-2], "--label", "x", "--output", str(picture)]) == 2
+    assert "knows no label 'x'; it has 0, 1, 2" in capsys.readouterr().err
+
+
+def test_the_card_holds_its_loss(published):
+    import dew
+
+    model = copy.deepcopy(published.model).float()
+    figures = graft.bases.find("dew").card["measured"]["loss on test images of 0 to 7"]
+    assert dew.mean_loss(model, *dew.known("test")) == pytest.approx(figures["dew"], rel=1e-4)
+    assert figures["dew"] < 0.4 * figures["untrained"]
