@@ -162,14 +162,16 @@ def fine_tuned(encoder: ViTModel) -> dict[str, float]:
 
 
 def main(args: list[str]) -> None:
-    options = pictures.arguments((__doc__ or "").split("\n")[0], steps=1500).parse_args(args)
-    runs = {name: train(name, options.output / name, **pictures.plan(options)) for name in OBJECTIVES}
+    parser = pictures.arguments((__doc__ or "").split("\n")[0], steps=1500)
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="ways to try")
+    options = parser.parse_args(args)
+    runs = {name: train(name, options.output / name, **pictures.plan(options)) for name in options.objective}
     encoders = {name: bare(model.encoder) for name, (model, _) in runs.items()}
     encoders |= {f"untrained, seed {seed}": bare(build("contrastive", seed).encoder) for seed in range(3)}
     encode = {name: lambda images, e=encoder: features(e, images) for name, encoder in encoders.items()}
     encode["pixels"] = lambda images: images.flatten(1).numpy()
     all_labels, few = ({name: probe(e, each) for name, e in encode.items()} for each in (None, 10))
-    best = max(OBJECTIVES, key=lambda name: (all_labels[name]["validation"], few[name]["validation"]))
+    best = max(runs, key=lambda name: (all_labels[name]["validation"], few[name]["validation"]))
     tuned = {name: fine_tuned(encoders[name]) for name in (best, "untrained, seed 0")}
     figures = {"linear probe": all_labels, "linear probe, 10 labels a digit": few, "full fine-tuning": tuned}
     measured = {
