@@ -30,7 +30,7 @@ def publish(name: str, model: Any, processor: Any, card: Mapping[str, Any], fold
 
     name       lower-case words joined by "-"; the folder is called the same with "_"
     model      a `PreTrainedModel`: its weights are written as bfloat16 safetensors, and it stays as it is
-    processor  its tokenizer or image processor, or None where it has none
+    processor  its tokenizer or image processor
     card       the facts, see `graft.bases.card.check`; name, version 1, parameters and files need not be among them
     folder     where the folders of the bases are
 
@@ -51,8 +51,7 @@ def publish(name: str, model: Any, processor: Any, card: Mapping[str, Any], fold
         half = copy.deepcopy(model).to(torch.bfloat16).cpu()
         half.config._name_or_path = ""
         half.save_pretrained(new)
-        if processor is not None:
-            processor.save_pretrained(new)
+        processor.save_pretrained(new)
         _understood_by_transformers_4(new)
         front = f"---\nlicense: {facts['licence'].lower()}\nlibrary_name: transformers\n---\n"
         (new / "README.md").write_text(

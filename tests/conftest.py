@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, and few threads, because tests run side by side."""
+"""Shared by all tests: no network, few threads because tests run side by side, and the recipes of bases to import."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "bases")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "bases"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+WORDS = "good bad film book great awful plot the a was is very not story lovely dull fine poor"
+
 
 def llama(dtype=torch.float32, layers=2, seed=0, **config):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,6 +44,20 @@ def bert(labels=3, seed=0, **config):
         max_position_embeddings=64,
     )
     return BertForSequenceClassification(BertConfig(**(sizes | config))).eval()
+
+
+def tokenizer():
+    """Byte pairs of `WORDS`, with <pad>, <unk> and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=["<pad>", "<unk>", "</s>"], show_progress=False)
+    made.train_from_iterator([WORDS], trainer)
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **special)
 
 
 def tokens(rows=3, length=9, vocabulary=50, seed=0):

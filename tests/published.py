@@ -2,6 +2,7 @@
 
 import sys
 
+from models import tokenizer
 from publish import publish
 
 CARD = {
@@ -15,9 +16,9 @@ CARD = {
 }
 
 
-def announce(monkeypatch, site, name, model, processor=None, code="", **card):
+def announce(monkeypatch, site, name, model, processor=None, *, code="", **card):
     """Put the package of a base into the folder `site`, from where Python imports, and return its folder."""
-    package = publish(name, model, processor, CARD | card, site)
+    package = publish(name, model, processor or tokenizer(), CARD | card, site)
     (package / "__init__.py").write_text(f'"""A base for tests."""\n{code}', encoding="utf-8")
     info = site / f"{package.name}-1.0.dist-info"
     info.mkdir()

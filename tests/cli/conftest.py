@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from graft.cli import run
-
-WORDS = "good bad film book great awful plot the a was is very not story lovely dull fine poor"
+from models import tokenizer
 
 
 class Done(NamedTuple):
@@ -33,19 +32,6 @@ def graft(capsys):
         return Done(code, *capsys.readouterr())
 
     return call
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=["<pad>", "<unk>", "</s>"], show_progress=False)
-    made.train_from_iterator([WORDS], trainer)
-    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **special)
 
 
 def _write(path: Path, rows: list[dict]) -> None:

@@ -1,33 +1,28 @@
 """Base models by name, and what `tune` does beyond the command line."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 import graft as library
-from graft import bases, models
+from graft import models
 from graft.core.delta import METHODS, Delta
 from graft.core.errors import GraftError
+from published import announce
 
-
-@pytest.fixture
-def shipped(house, tmp_path, monkeypatch):
-    """A base of its own, as a file in `graft/bases`: an encoder with a classifier that transformers does not have."""
-    (tmp_path / "bases").mkdir()
-    (tmp_path / "bases" / "tinybase.py").write_text(
-        f"""
+OWN = """
 from torch import nn
-from transformers import BertModel, BertPreTrainedModel
+from transformers import BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-def path():
-    return {str(house / "bert")!r}
+class TinyConfig(BertConfig):
+    model_type = "tiny-of-its-own"
 
 
 class TinyForSequenceClassification(BertPreTrainedModel):
+    config_class = TinyConfig
+
     def __init__(self, config):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
@@ -38,19 +33,27 @@ class TinyForSequenceClassification(BertPreTrainedModel):
         hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
         return SequenceClassifierOutput(logits=self.judge(hidden.max(1).values))
 """
-    )
-    monkeypatch.setattr(bases, "__path__", [*bases.__path__, str(tmp_path / "bases")])
-    return "tinybase"
 
 
-def test_a_file_is_a_base(graft, shipped, house, tmp_path):
-    assert shipped in models.ships()
-    done = graft("tune", shipped, "--data", house / "reviews.jsonl", "--output", tmp_path / "a", "--steps", 2, "--json")
-    assert done.json["heads"] == ["judge"]
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model"] == shipped
-    ask = ["--text", "the film was good", "--json"]
-    said = graft("predict", shipped, "--adapter", tmp_path / "a", *ask).json
-    assert graft("merge", shipped, "--adapter", tmp_path / "a", "--output", tmp_path / "plain").code == 0
+def test_a_base_may_define_a_model_that_transformers_does_not_have(graft, house, tmp_path, monkeypatch):
+    made = {}
+    exec(OWN, made)
+    torch.manual_seed(0)
+    config = made["TinyConfig"](**library.load_base(house / "bert").model.config.to_dict() | {"num_labels": 2})
+    model = made["TinyForSequenceClassification"](config)
+    announce(monkeypatch, tmp_path / "site", "tiny-two", model, code=OWN, kind="encoder")
+    loaded = library.load_base("graft:tiny-two", dtype="float32")
+    assert loaded.heads == [] and type(loaded.model).__module__ == "tiny_two"
+    assert torch.equal(loaded.model.judge.weight, model.judge.weight.bfloat16().float())
+    shown = graft("show", "tiny-two", "--json").json
+    assert shown["class"] == "TinyForSequenceClassification"
+    run = ["--data", house / "reviews.jsonl", "--output", tmp_path / "a", "--steps", 2, "--dtype", "float32", "--json"]
+    done = graft("tune", "tiny-two", *run)
+    assert done.code == 0, done.err
+    ask = ["--text", "the film was good", "--dtype", "float32", "--json"]
+    said = graft("predict", "graft:tiny-two", "--adapter", tmp_path / "a", *ask).json
+    merged = ["--adapter", tmp_path / "a", "--output", tmp_path / "plain", "--dtype", "float32"]
+    assert graft("merge", "graft:tiny-two", *merged).code == 0
     plain = graft("predict", tmp_path / "plain", "--objective", "classification", *ask).json
     assert plain[0]["label"] == said[0]["label"]
     assert plain[0]["probability"] == pytest.approx(said[0]["probability"], rel=1e-4)

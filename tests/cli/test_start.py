@@ -13,7 +13,7 @@ from graft.cli import commands, run
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "yaml")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["methods", "--help"], ["show", "--help"], ["--version"]])
+@pytest.mark.parametrize("args", [["--help"], ["methods", "--help"], ["show", "--help"], ["bases"], ["--version"]])
 def test_overview_and_light_commands_import_nothing_heavy(args):
     program = (
         f"import sys; from graft.cli import run; code = run({args!r}); "
