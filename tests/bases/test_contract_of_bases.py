@@ -58,13 +58,13 @@ def test_plain_transformers_opens_it(installed):
     loaded = bases.load(installed.name)
     if type(loaded.model).__name__ in installed.models():
         return
-    auto = transformers.AutoModelForCausalLM if installed.card["kind"] == "causal-lm" else transformers.AutoModel
-    plain = auto.from_pretrained(installed.path(), dtype="auto")
-    inner = plain.state_dict()
-    outer = {k.removeprefix(f"{loaded.model.base_model_prefix}."): v for k, v in loaded.model.state_dict().items()}
-    if type(plain) is type(loaded.model):
-        outer = loaded.model.state_dict()
-    assert inner and all(torch.equal(value, outer[key]) for key, value in inner.items())
+    named = getattr(transformers, loaded.model.config.architectures[0])
+    plain, info = named.from_pretrained(installed.path(), dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    outer = loaded.model.state_dict()
+    if type(plain) is not type(loaded.model):
+        outer = {k.removeprefix(f"{loaded.model.base_model_prefix}."): v for k, v in outer.items()}
+    assert all(torch.equal(value, outer[key]) for key, value in plain.state_dict().items())
 
 
 def test_all_checkpoints_together_are_small():
