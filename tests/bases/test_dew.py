@@ -203,7 +203,7 @@ def test_it_is_measured_and_adapted_from_the_command_line(published, tmp_path, c
     picture = tmp_path / "grid.png"
     draw = ["sample", "graft:dew", "--adapter", str(place), "--label", "8", "--label", "9", "--count", "3", "--zoom", "4"]
     assert run([*draw, "--steps", "4", "--output", str(picture)]) == 0
-    assert Image.open(picture).size == (3 * 8 * 4, 2 * 8 * 4)
+    assert Image.open(picture).size == (3 * 9 * 4, 2 * 9 * 4)
     capsys.readouterr()
     assert run([*draw[:-2], "--label", "x", "--output", str(picture)]) == 2
     assert "knows no label 'x'; it has 0, 1, 2" in capsys.readouterr().err

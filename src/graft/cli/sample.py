@@ -23,6 +23,8 @@ def sample(
 ) -> None:
     """Let MODEL with an adapter draw images of labels, and write them as one picture (PNG)."""
     with working():
+        from torch.nn.functional import pad
+
         from ..tuning import sample as draw
 
         if Path(output).suffix.lower() != ".png":
@@ -33,7 +35,8 @@ def sample(
             raise GraftError("writing images needs pillow: pip install graft[images]") from None
         base, chosen = adapted(model, adapter, options, draw)
         images = draw(base, label, **chosen)
-        rows = images.unflatten(0, (len(label), -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        spaced = pad(images, (0, 1, 0, 1), value=-1.0)
+        rows = spaced.unflatten(0, (len(label), -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         grid = ((rows + 1) * 127.5).round().byte().cpu().numpy()
         picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
         picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(output)
