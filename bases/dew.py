@@ -30,7 +30,9 @@ SIZES = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, interme
 def build(seed: int = 0, **sizes: Any) -> DewForImageGeneration:
     torch.manual_seed(seed)
     names = {i: str(i) for i in range(10)}
-    return DewForImageGeneration(DewConfig(**(SIZES | sizes), id2label=names, label2id={v: k for k, v in names.items()}))
+    return DewForImageGeneration(
+        DewConfig(**(SIZES | sizes), id2label=names, label2id={v: k for k, v in names.items()})
+    )
 
 
 def known(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +42,14 @@ def known(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    folder: Path, *, steps: int, until: int | None = None, seed: int = 0, device: str = "cpu", batch: int = 128, **sizes: Any
+    folder: Path,
+    *,
+    steps: int,
+    until: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    batch: int = 128,
+    **sizes: Any,
 ) -> tuple[DewForImageGeneration, list[dict[str, float]]]:
     """The trained model, and the records of the run, see `pictures.train`."""
     model = build(seed, **sizes)
@@ -58,7 +67,8 @@ def train(
         return mean_loss(model, held, right)
 
     records = pictures.train(
-        model, loss, held_out, steps=steps, until=until, folder=folder, seed=seed, learning_rate=1e-3, average=0.998, device=device
+        model, loss, held_out, steps=steps, until=until, folder=folder, seed=seed, learning_rate=1e-3, average=0.998,
+        device=device,
     )  # fmt: skip
     return model, records
 
@@ -94,7 +104,9 @@ def measure(model: DewForImageGeneration) -> dict[str, dict[str, float]]:
         f"class accuracy of {len(chosen)} samples": {k: v["class_accuracy"] for k, v in found.items()},
         f"Fréchet distance of {len(chosen)} samples to real test images": {k: v["frechet"] for k, v in found.items()},
         "accuracy of the label of the least loss, test images": right,
-        "accuracy of the judge on real test images": {"all digits": float(samples.judge().score(*samples.pixels(rows)))},
+        "accuracy of the judge on real test images": {
+            "all digits": float(samples.judge().score(*samples.pixels(rows)))
+        },
     }
 
 
@@ -105,7 +117,9 @@ def main(args: list[str]) -> None:
     measured = measure(model)
     pictures.show(measured)
     if options.publish:
-        what = "the images of the digits 0 to 7 among the 1,197 train images of the task digits, seed 0, every other one "
+        what = (
+            "the images of the digits 0 to 7 among the 1,197 train images of the task digits, seed 0, every other one "
+        )
         card = {
             "summary": "A small class-conditional diffusion model that draws handwritten digits of 8 x 8 pixels.",
             "kind": "diffusion",

@@ -63,7 +63,9 @@ def test_the_sampler_follows_the_flow_to_a_normal_distribution():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guidance_goes_from_the_velocity_without_a_label_along_the_difference(guidance):
-    model = known(lambda x, t, labels: torch.where(labels == 10, -1.0, labels.float())[:, None, None, None].expand_as(x))
+    model = known(
+        lambda x, t, labels: torch.where(labels == 10, -1.0, labels.float())[:, None, None, None].expand_as(x)
+    )
     noise, labels = torch.randn(4, 1, 8, 8, generator=seeded(0)), torch.tensor([0, 3, 5, 9])
     gone = model.flow(noise, labels, steps=3, guidance=guidance) - noise
     expected = -1 + guidance * (labels.float() + 1)
@@ -102,7 +104,11 @@ def test_a_new_model_has_no_velocity_and_its_loss_is_the_mean_square_of_image_mi
 def test_without_blocks_a_pixel_reaches_its_own_patch_only(patch, channels):
     """Patches are squares, and come back to where they were."""
     model = small(patch_size=patch, num_channels=channels, num_hidden_layers=0).double()
-    x, time, label = torch.zeros(1, channels, 8, 8, dtype=torch.double), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    x, time, label = (
+        torch.zeros(1, channels, 8, 8, dtype=torch.double),
+        torch.zeros(1),
+        torch.zeros(1, dtype=torch.long),
+    )
     with torch.no_grad():
         changed = x.clone()
         changed[0, 0, 5, 2] = 1.0
@@ -117,13 +123,17 @@ def test_it_comes_back_from_a_folder_bit_for_bit(tmp_path):
     again = DewForImageGeneration.from_pretrained(tmp_path / "dew")
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
     labels = torch.arange(4)
-    assert torch.equal(again.sample(labels, steps=2, generator=seeded(0)), model.sample(labels, steps=2, generator=seeded(0)))
+    assert torch.equal(
+        again.sample(labels, steps=2, generator=seeded(0)), model.sample(labels, steps=2, generator=seeded(0))
+    )
 
 
 # Adapters
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "houlsby", "parallel_adapter", "bitfit", "ia3", "ln_tuning", "vera"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "houlsby", "parallel_adapter", "bitfit", "ia3", "ln_tuning", "vera"]
+)
 def test_an_adapter_changes_no_image_at_first_and_then_every_one(method):
     model, labels = small(), torch.arange(10)
     before = model.sample(labels, steps=2, generator=seeded(0))
@@ -201,7 +211,20 @@ def test_it_is_measured_and_adapted_from_the_command_line(published, tmp_path, c
     assert json.loads(capsys.readouterr().out)["objective"] == "flow-matching"
     assert measured("--adapter", str(place)) < 0.9 * before
     picture = tmp_path / "grid.png"
-    draw = ["sample", "graft:dew", "--adapter", str(place), "--label", "8", "--label", "9", "--count", "3", "--zoom", "4"]
+    draw = [
+        "sample",
+        "graft:dew",
+        "--adapter",
+        str(place),
+        "--label",
+        "8",
+        "--label",
+        "9",
+        "--count",
+        "3",
+        "--zoom",
+        "4",
+    ]
     assert run([*draw, "--steps", "4", "--output", str(picture)]) == 0
     assert Image.open(picture).size == (3 * 9 * 4, 2 * 9 * 4)
     capsys.readouterr()

@@ -35,7 +35,9 @@ def evaluate(
     """
     given: Any = read(data, split="test")
     examples = read(given, columns=columns)
-    chosen = choose(objective, examples, model)(model, processor_of(model, processor), max_length=max_length, labels=labels)
+    chosen = choose(objective, examples, model)(
+        model, processor_of(model, processor), max_length=max_length, labels=labels
+    )
     device = next(model.parameters()).device
     metrics = measure(model, chosen, chosen.features(examples), batch_size, device, half(model, precision, device))
     if set(getattr(given, "metrics", ())) <= metrics.keys():
@@ -66,7 +68,9 @@ def predict(
     `generation` (max_new_tokens, by default 128; do_sample, ...) goes to the `generate` of a language model.
     """
     examples = read(data, columns=columns, split="test")
-    chosen = choose(objective, examples, model)(model, processor_of(model, processor), max_length=max_length, labels=labels)
+    chosen = choose(objective, examples, model)(
+        model, processor_of(model, processor), max_length=max_length, labels=labels
+    )
     if generation and not chosen.generates:
         raise GraftError(f"{chosen.name} does not generate: {', '.join(generation)} has no meaning for it")
     if chosen.generates and not {"max_length", "generation_config"} & generation.keys():

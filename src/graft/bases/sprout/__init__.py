@@ -6,5 +6,5 @@ width 96, 5 layers, 4 heads, on 16 patches of 2 x 2 pixels and a class token:
     h = class token after the last norm of the encoder          [batch, 96]
 
 It takes images of any size and colours, which its image processor and Graft turn into what it was trained on. The
-recipe is `bases/sprout.py` in the repository; the card says what it learnt from and what a linear classifier makes of h.
+recipe is `bases/sprout.py` in the repository; the card says what it learnt from and what a linear classifier of h gets.
 """

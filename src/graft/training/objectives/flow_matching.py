@@ -72,7 +72,9 @@ def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, time: Tensor, no
 
 def random(images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """A time and a noise for each image, from a generator of the CPU."""
-    time, noise = (draw(shape, generator=generator) for draw, shape in ((torch.rand, len(images)), (torch.randn, images.shape)))
+    time, noise = (
+        draw(shape, generator=generator) for draw, shape in ((torch.rand, len(images)), (torch.randn, images.shape))
+    )
     return time.to(images.device), noise.to(images.device)
 
 
