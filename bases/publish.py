@@ -67,7 +67,12 @@ def publish(name: str, model: Any, processor: Any, card: Mapping[str, Any], fold
         described.write_bytes(json_bytes(facts))
         if (place / "checkpoint").exists():
             os.rename(place / "checkpoint", old)
-        os.rename(new, place / "checkpoint")
+        try:
+            os.rename(new, place / "checkpoint")
+        except OSError:
+            if old.exists():
+                os.rename(old, place / "checkpoint")
+            raise
         os.replace(described, place / "card.json")
     finally:
         shutil.rmtree(new, ignore_errors=True)

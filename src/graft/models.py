@@ -20,6 +20,7 @@ from . import bases
 from .core.adapter import registry
 from .core.errors import GraftError
 from .core.merge import merge
+from .core.names import SHIPPED
 from .training import objectives
 from .training.data import Examples
 from .training.evaluation import processor_of
@@ -99,7 +100,7 @@ def load_base(
     if task is not None and task.auto == "AutoModelForCausalLM":
         _check_causal(source.name, model)
     processor = processor_of(model, source.place)
-    if source.name.startswith(bases.PREFIX):
+    if source.name.startswith(SHIPPED):
         model.name_or_path = model.config._name_or_path = source.name
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
     return Base(source.name, model.to(place).eval(), processor, objective, whole(model, new))
@@ -221,7 +222,7 @@ def _locate(name: str, revision: str | None) -> _Source:
 
 
 def _ships() -> str:
-    return ", ".join(f"{bases.PREFIX}{name}" for name in bases.names())
+    return ", ".join(f"{SHIPPED}{name}" for name in bases.names())
 
 
 def _reachable() -> bool:

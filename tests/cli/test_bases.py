@@ -1,7 +1,7 @@
 """graft bases, and graft:NAME as the model of the other commands."""
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -96,10 +96,15 @@ def test_a_base_goes_through_all_commands_under_either_name(graft, tiny, house, 
     torch.testing.assert_close(plain(ids).logits, adapted.model(ids).logits)
 
 
-def test_fit_and_save_know_a_base_by_the_name_in_its_configuration(tiny, house, tmp_path):
+def test_fit_and_save_know_a_base_by_the_name_in_its_configuration(tiny, house, tmp_path, monkeypatch):
     base = library.bases.load("tiny-one")
     adapter = library.attach(base.model, "lora")
     library.fit(base.model, str(house / "prompts.jsonl"), steps=1)  # finds the tokenizer by itself
     adapter.save(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model"] == tiny
-    assert "huggingface.co/graft" not in Path(tmp_path / "a" / "README.md").read_text()
+    text, again = (tmp_path / "a" / "README.md").read_text(), {}
+    assert "graft:tiny-one" in text and "huggingface.co/graft" not in text
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], again)
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(again["base"].model(ids).logits, base.model.eval()(ids).logits)

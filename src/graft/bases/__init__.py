@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import GraftError
+from ..core.names import SHIPPED
 from .card import check
-
-PREFIX = "graft:"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Shipped:
     @property
     def id(self) -> str:
         """What a model is called wherever one is named: graft:NAME."""
-        return f"{PREFIX}{self.name}"
+        return f"{SHIPPED}{self.name}"
 
     @functools.cached_property
     def place(self) -> Path:
@@ -149,7 +148,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Shipped:
     """The base called `name`, with or without the prefix; GraftError with the names most like it if there is none."""
-    known, bare = _known(), name.removeprefix(PREFIX)
+    known, bare = _known(), name.removeprefix(SHIPPED)
     if bare not in known:
         from ..training.messages import nearest  # imports torch
 
@@ -159,7 +158,7 @@ def find(name: str) -> Shipped:
 
 def named(model: str) -> Shipped | None:
     """The base that a model's name stands for, or None if it stands for something else; GraftError as `find`."""
-    bare = not model.startswith(PREFIX)
+    bare = not model.startswith(SHIPPED)
     return None if bare and (Path(model).expanduser().is_dir() or model not in _known()) else find(model)
 
 

@@ -1,7 +1,6 @@
 """The model cards of saved adapters."""
 
 import os
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +8,13 @@ from torch import nn
 
 from ..version import __version__
 from .hyper import hyperparameters
+from .names import HUB_ID, SHIPPED
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .formats import Format
 
 CARD = "README.md"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def class_name(model: nn.Module) -> str:
@@ -87,7 +86,13 @@ def _on_hub(base: str | None) -> bool:
     return base is not None and HUB_ID.fullmatch(base) is not None and not os.path.exists(base)
 
 
+def _ships(base: str | None) -> bool:
+    return base is not None and base.startswith(SHIPPED)
+
+
 def _named(model: nn.Module, base: str | None) -> str:
+    if _ships(base):
+        return f"`{base}`"
     return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"a {class_name(model)}"
 
 
@@ -100,6 +105,9 @@ def _top(methods: Iterable[str], base: str | None, form: "type[Format]", title: 
 
 
 def _loading(model: nn.Module, base: str | None, title: str) -> list[str]:
+    if _ships(base):
+        load = f"base = graft.load_adapted({base!r}, {title!r})  # base.model, base.processor"
+        return ["## How to load it", "", "```python", "import graft", load, "```"]
     kind = class_name(model)
     make = [f"model = ...  # the base, a {kind}"]
     if _on_hub(base):

@@ -13,9 +13,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .card import CARD, HUB_ID
+from .card import CARD
 from .delta import is_finite
 from .errors import GraftError
+from .names import HUB_ID
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CHAIN = "adapters.json"  # of a folder of several adapters, each in a folder of its own inside
