@@ -45,6 +45,7 @@ _PUBLIC = {
     "predict": "training",
     "tune": "tuning",
     "load_adapted": "tuning",
+    "sample": "tuning",
     "generate": "tuning",
     "load_base": "models",
     "save_merged": "models",

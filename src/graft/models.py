@@ -115,6 +115,13 @@ def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:
         return (getattr(cls, "from_config", None) or cls._from_config)(config)
 
 
+def architecture(name: str | Path, revision: str | None = None) -> str:
+    """The class of models that a checkpoint is of, such as LlamaForCausalLM, or "" if it does not say."""
+    source = _locate(str(name), revision)
+    with _reading(source.name):
+        return _named(_entries(source))
+
+
 def whole(model: nn.Module, names: set[str]) -> list[str]:
     """The outermost modules all of whose parameters are among `names`."""
     found: list[str] = []
@@ -236,13 +243,24 @@ def _settings(source: _Source) -> Any:
     """The configuration of a checkpoint, which finds the base that defines its class where transformers does not."""
     import transformers
 
-    entries, _ = transformers.PretrainedConfig.get_config_dict(source.place, **source.options)
-    named = (entries.get("architectures") or [""])[0]
+    entries = _entries(source)
+    named = _named(entries)
     if source.base is None and named and not hasattr(transformers, named):
         source.base = bases.defining(named)
     own = {cls.config_class.model_type: cls.config_class for cls in _own(source).values()}
     known = own.get(entries.get("model_type"), transformers.AutoConfig)
     return known.from_pretrained(source.place, **source.options)
+
+
+def _entries(source: _Source) -> dict[str, Any]:
+    """What config.json holds."""
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(source.place, **source.options)[0]
+
+
+def _named(entries: Mapping[str, Any]) -> str:
+    return (entries.get("architectures") or [""])[0]
 
 
 def _own(source: _Source) -> dict[str, Any]:
@@ -258,7 +276,10 @@ def _model_class(source: _Source, config: Any, task: type[objectives.Objective] 
         return getattr(transformers, named)
     ending = named if task is None else task.auto.removeprefix("AutoModel")
     fitting = [cls for name, cls in _own(source).items() if name.endswith(ending)] if ending else []
-    return fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel")
+    cls = fitting[0] if fitting else getattr(transformers, task.auto if task else "AutoModel", None)
+    if cls is None:
+        raise GraftError(_no_model(source.name, task))
+    return cls
 
 
 @torch.no_grad()
@@ -344,7 +365,7 @@ def _reason(name: str, task: type[objectives.Objective] | None, error: Exception
     if "trust_remote_code" in text:
         return f"{name} needs code of its own, which is not run: use a model that transformers knows by itself"
     if task and "Unrecognized configuration class" in text:
-        return f"{name} has no model for {task.name}: choose another objective or another model"
+        return _no_model(name, task)
     if "SafetensorError" in kinds or "JSONDecodeError" in kinds or "not a valid JSON file" in text:
         return f"{name} is damaged: {_first_line(error)}"
     if "safetensors" in text and isinstance(error, OSError):
@@ -352,6 +373,10 @@ def _reason(name: str, task: type[objectives.Objective] | None, error: Exception
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
         return f"{name} cannot be loaded: {_first_line(error)}"
     return None
+
+
+def _no_model(name: str, task: Any) -> str:
+    return f"{name} has no model for {task.name}: choose another objective or another model"
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from .core.hyper import Range
 from .core.recipe import Recipe
 from .core.statistics import collect
 from .core.targets import resolve
-from .models import Base, load_base
+from .models import Base, architecture, load_base
 from .training import Result, fit, objectives, predict
 from .training.batches import Plan
 from .training.data import Examples, read, take
@@ -81,7 +81,7 @@ def tune(
     examples = read(data, columns=columns)
     if isinstance(training.get("validation"), str | Path):
         training["validation"] = read(training["validation"], split="validation", columns=columns)
-    task = choose(training.get("objective", "auto"), examples)
+    task = choose(training.get("objective", "auto"), examples, architecture(model, revision))
     base = load_base(
         model, objective=task.name, examples=examples, labels=training.get("labels"),
         dtype=dtype, revision=revision, seed=seed,
@@ -207,6 +207,26 @@ def generate(
             max_new_tokens=max_new_tokens, num_beams=num_beams, repetition_penalty=repetition_penalty,
             do_sample=drawn, **(sampling if drawn else {}),
         )  # fmt: skip
+
+
+def sample(
+    base: Base,
+    labels: Sequence[str],
+    *,
+    count: Annotated[int, "images of each label", Range(1)] = 8,
+    steps: Annotated[int, "of the sampler", Range(1)] = 32,
+    guidance: Annotated[float, "how far beyond the model to go towards the label; 1 is the model as it is"] = 1.0,
+    seed: Annotated[int, "of the noise", Range(0)] = 0,
+) -> torch.Tensor:
+    """Images that a model draws, [labels x count, channels, height, width] from -1 to 1, label by label."""
+    if not hasattr(base.model, "sample"):
+        raise GraftError(f"{type(base.model).__name__} does not draw images: use a model that does, such as graft:dew")
+    known = objectives.named_classes(base.model) or [str(i) for i in range(base.model.config.num_labels)]
+    if unknown := [label for label in labels if label not in known]:
+        raise GraftError(f"{base.name} knows no label {unknown[0]!r}; it has {', '.join(known)}")
+    numbers = torch.tensor([known.index(label) for label in labels]).repeat_interleave(count)
+    drawn = torch.Generator().manual_seed(seed)
+    return base.model.sample(numbers, steps=steps, guidance=guidance, generator=drawn)
 
 
 def _check_places(place: Path, run: Path, resume: bool) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 import models
 from graft.core.errors import GraftError
 from graft.training import objectives, predict
-from graft.training.evaluation import evaluate, measure
+from graft.training.evaluation import choose, evaluate, measure
 from graft.training.guards import check_packing
 
 CPU = torch.device("cpu")
@@ -22,12 +22,13 @@ def t5():
     return T5ForConditionalGeneration(T5Config(**sizes, initializer_factor=1.5)).eval()
 
 
-def vit():
+def vit(**config):
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8)
-    return ViTForImageClassification(ViTConfig(**sizes, patch_size=4, num_labels=2, initializer_range=0.3)).eval()
+    made = ViTConfig(**(sizes | config), patch_size=4, num_labels=2, initializer_range=0.3)
+    return ViTForImageClassification(made).eval()
 
 
 def pixels(images, return_tensors):
@@ -220,6 +221,110 @@ def test_images_come_as_objects_paths_bytes_or_arrays(tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(GraftError, match=r"cannot read the image .*bad\.png"):
         predict(model, [{"image": str(tmp_path / "bad.png")}], objective="image-classification", processor=pixels)
+
+
+def test_a_model_of_one_channel_gets_images_in_grey(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+
+    model = vit(num_channels=1)
+    array = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    file, bright = tmp_path / "0.png", np.asarray(Image.fromarray(array).convert("L"))
+    Image.fromarray(array).save(file)
+    task = task_for("image-classification", model, pixels)
+    images = [array, str(file), Image.fromarray(array), bright, bright[..., None], Image.fromarray(bright)]
+    batch = task.pixels(images)["pixel_values"]
+    assert batch.shape == (6, 1, 8, 8)
+    assert (batch - torch.tensor(bright) / 255).abs().max() < 1.01 / 255  # Pillow rounds otherwise
+    assert torch.equal(batch[0], batch[1]) and torch.equal(batch[3], batch[5])
+    alike = np.repeat(bright[..., None], 3, axis=-1)
+    assert torch.equal(task.pixels([alike])["pixel_values"][0], batch[3])
+
+
+# Flow matching
+
+
+def dew(**config):
+    from graft.bases.dew import DewConfig, DewForImageGeneration
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3)
+    model = DewForImageGeneration(DewConfig(**(sizes | config))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def drawings(count):
+    draw = np.random.default_rng(0)
+    return [{"image": draw.integers(0, 255, (8, 8, 3), dtype=np.uint8), "label": str(i % 3)} for i in range(count)]
+
+
+def test_flow_matching_is_for_models_that_are_made_for_it():
+    rows = drawings(2)
+    assert objectives.guess(rows).name == objectives.guess(rows, "ViTModel").name == "image-classification"
+    assert objectives.guess(rows, "DewForImageGeneration").name == "flow-matching"
+    assert choose("auto", rows, dew()).name == "flow-matching" and choose("auto", rows, vit()).name != "flow-matching"
+    for name in ("BertForSequenceClassification", "LlamaForCausalLM"):  # the data comes first
+        assert objectives.guess([{"text": "a", "label": "b"}], name).name == "classification"
+        assert objectives.guess([{"text": "a"}], name).name == "causal-lm"
+
+
+def test_the_loss_of_a_flow_is_its_formula_at_the_fixed_times_and_noises():
+    model, rows = dew(), drawings(4)
+    task = task_for("flow-matching", model, pixels)
+    batch = task.collate([task.features(rows)[i] for i in range(4)])
+    images, total = batch["pixel_values"], 0.0
+    noises = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, noise in enumerate(noises):
+            t = (i + 0.5) / 8
+            said = model(t * images + (1 - t) * noise, torch.full((4,), t), batch["labels"])
+            total += sum(float((v - (x - noise)).square().mean()) for v, x in zip(said, images)) / 8
+        assert float(task.loss(model, batch)[0]) == pytest.approx(total, rel=1e-5) and task.terms(batch) == 4
+
+
+def test_a_measured_flow_depends_on_nothing_but_the_images():
+    model, rows = dew(), drawings(11)
+    task = task_for("flow-matching", model, pixels)
+    features = task.features(rows)
+    found = []
+    for seed, size in ((0, 11), (1, 2)):
+        torch.manual_seed(seed)
+        found.append(measure(model, task, features, size, CPU, False)["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_training_a_flow_draws_anew_from_the_seed_and_drops_labels():
+    model, rows = dew(label_dropout=0.3), drawings(6)
+    task = task_for("flow-matching", model.train(), pixels)
+    batch = task.collate([task.features(rows)[i] for i in range(6)])
+    seen, first, losses = [], model.label_embedding.forward, []
+    model.label_embedding.forward = lambda labels: seen.append(labels) or first(labels)
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(float(task.loss(model, batch)[0].detach()))
+    assert losses[0] == losses[1] != losses[2]
+    for _ in range(300):
+        task.loss(model, batch)
+    seen = torch.stack(seen)
+    assert ((seen == batch["labels"]) | (seen == 3)).all()
+    assert (seen == 3).double().mean() == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_flow_says_the_label_of_the_least_loss():
+    model, rows = dew(), drawings(7)
+    task = task_for("flow-matching", model, pixels, labels=["0", "1", "2"])
+    losses = []
+    for label in "012":
+        features = task.features([{**row, "label": label} for row in rows])
+        with torch.no_grad():
+            losses.append(task.loss(model, task.collate([features[i] for i in range(7)]))[1])
+    losses = torch.stack(losses, 1)
+    said = predict(model, rows, objective="flow-matching", processor=pixels, labels=["0", "1", "2"], batch_size=3)
+    assert [s["label"] for s in said] == [str(i) for i in losses.argmin(1).tolist()]
+    weights = (-losses * 32).softmax(1).amax(1)  # 64 pixels, halved
+    assert [s["probability"] for s in said] == pytest.approx(weights.tolist(), rel=1e-3)
 
 
 # Packing

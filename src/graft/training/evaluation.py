@@ -35,7 +35,9 @@ def evaluate(
     """
     given: Any = read(data, split="test")
     examples = read(given, columns=columns)
-    chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
+    chosen = choose(objective, examples, model)(
+        model, processor_of(model, processor), max_length=max_length, labels=labels
+    )
     device = next(model.parameters()).device
     metrics = measure(model, chosen, chosen.features(examples), batch_size, device, half(model, precision, device))
     if set(getattr(given, "metrics", ())) <= metrics.keys():
@@ -66,7 +68,9 @@ def predict(
     `generation` (max_new_tokens, by default 128; do_sample, ...) goes to the `generate` of a language model.
     """
     examples = read(data, columns=columns, split="test")
-    chosen = choose(objective, examples)(model, processor_of(model, processor), max_length=max_length, labels=labels)
+    chosen = choose(objective, examples, model)(
+        model, processor_of(model, processor), max_length=max_length, labels=labels
+    )
     if generation and not chosen.generates:
         raise GraftError(f"{chosen.name} does not generate: {', '.join(generation)} has no meaning for it")
     if chosen.generates and not {"max_length", "generation_config"} & generation.keys():
@@ -127,8 +131,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def choose(objective: str, examples: Any) -> type[objectives.Objective]:
-    return objectives.guess(examples) if objective == "auto" else objectives.find(objective)
+def choose(objective: str, examples: Any, architecture: Any = "") -> type[objectives.Objective]:
+    """The objective of that name; "auto": what the examples and the model, or the name of its class, speak for."""
+    if objective != "auto":
+        return objectives.find(objective)
+    return objectives.guess(examples, architecture if isinstance(architecture, str) else type(architecture).__name__)
 
 
 def processor_of(model: nn.Module, given: Any) -> Any:

@@ -102,7 +102,8 @@ def fit(
     data                   see `graft.training.read`
     validation             data to measure on while training, or the fraction of `data` to hold out for that: 0.1
     columns                {name that is needed: name in the data}
-    objective              classification, regression, causal-lm, seq2seq, image-classification; auto: by the columns
+    objective              classification, regression, causal-lm, seq2seq, image-classification, flow-matching; auto: by
+                           the columns, and by the class of the model where they leave a choice
     processor              a tokenizer or image processor, or its name; by default the model's own
     labels                 names of the classes in the order of the outputs; by default the model's, or the data's.
                            They are written into the model's configuration
@@ -159,7 +160,7 @@ def fit(
         examples, held = held_out(examples, validation, seed)
     elif validation is not None:
         held = read(validation, split="validation", columns=columns)
-    task = choose(objective, examples)(
+    task = choose(objective, examples, model)(
         model, processor_of(model, processor), max_length=max_length, labels=labels, packing=packing
     )
     deciding = metric or next(iter(task.metrics))

@@ -60,9 +60,14 @@ class Objective(ABC):
             OBJECTIVES[cls.name] = cls
 
     @classmethod
-    def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:
-        """Whether "auto" may choose this objective."""
+    def suits(cls, columns: Sequence[str], example: Mapping[str, Any], architecture: str = "") -> bool:
+        """Whether "auto" may choose this objective for such data and a model of that class."""
         return any(set(needed) <= set(columns) for needed in cls.columns)
+
+    @classmethod
+    def made_for(cls, architecture: str) -> bool:
+        """Whether a class of models, such as LlamaForCausalLM, has its outputs."""
+        return architecture.endswith(cls.auto.removeprefix("AutoModel"))
 
     @classmethod
     def outputs(cls, config: Any, examples: Examples | None, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -113,17 +118,19 @@ def find(name: str) -> type[Objective]:
     return OBJECTIVES[name]
 
 
-def guess(examples: Examples) -> type[Objective]:
-    """The objective that the columns of the data speak for; the one that reads most of them."""
+def guess(examples: Examples, architecture: str = "") -> type[Objective]:
+    """The objective that the columns of the data speak for: of several the one that reads most of them, then the one
+    that models of that class are made for."""
     find("classification")
     columns = columns_of(examples)
-    fitting = [o for o in OBJECTIVES.values() if o.suits(columns, examples[0])]
+    fitting = [o for o in OBJECTIVES.values() if o.suits(columns, examples[0], architecture)]
     if not fitting:
         wanted = "; ".join(" + ".join(c) for o in OBJECTIVES.values() for c in o.columns)
         raise GraftError(
             f"no objective fits data with the columns {', '.join(columns)}; rename them to one of: {wanted}"
         )
-    return max(fitting, key=lambda o: max(len(c) for c in o.columns if set(c) <= set(columns)))
+    read = {o: max(len(c) for c in o.columns if set(c) <= set(columns)) for o in fitting}
+    return max(fitting, key=lambda o: (read[o], o.made_for(architecture)))
 
 
 def outputs_of(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:

@@ -24,7 +24,7 @@ class Classification(Labelled):
         self.max_length = limit(model, processor, self.max_length)
 
     @classmethod
-    def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:
+    def suits(cls, columns: Sequence[str], example: Mapping[str, Any], architecture: str = "") -> bool:
         return super().suits(columns, example) and not isinstance(example["label"], float)
 
     def features(self, examples: Examples) -> list[dict[str, Any]]:

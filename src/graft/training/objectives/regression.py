@@ -37,7 +37,7 @@ class Regression(Objective):
         return {} if known else {"num_labels": wanted, "problem_type": "regression"}
 
     @classmethod
-    def suits(cls, columns: Sequence[str], example: Mapping[str, Any]) -> bool:
+    def suits(cls, columns: Sequence[str], example: Mapping[str, Any], architecture: str = "") -> bool:
         return super().suits(columns, example) and isinstance(example["label"], float)
 
     def features(self, examples: Examples) -> list[dict[str, Any]]:
