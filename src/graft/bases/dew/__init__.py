@@ -55,11 +55,12 @@ class DewTime(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.half = width // 2
+        self.width = width
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
-        steps = torch.arange(self.half, device=time.device, dtype=torch.float32) / self.half
+        count = self.width // 2
+        steps = torch.arange(count, device=time.device, dtype=torch.float32) / count
         angles = 1000 * time.float()[:, None] * torch.exp(-math.log(10000) * steps)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.fc2(F.silu(self.fc1(waves.to(self.fc1.weight.dtype))))
@@ -126,7 +127,7 @@ class DewForImageGeneration(PreTrainedModel):
         super().__init__(config)
         width, patch = config.hidden_size, config.num_channels * config.patch_size**2
         self.time_embedding = DewTime(width)
-        self.label_embedding = nn.Embedding(config.num_labels + 1, width)
+        self.label_embedding = nn.Embedding(self.config.num_labels + 1, width)
         self.patch_embedding = nn.Linear(patch, width)
         self.position_embedding = nn.Parameter(torch.zeros(1, (config.image_size // config.patch_size) ** 2, width))
         self.blocks = nn.ModuleList(DewBlock(config) for _ in range(config.num_hidden_layers))
@@ -148,8 +149,8 @@ class DewForImageGeneration(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif module is self:
             nn.init.normal_(self.position_embedding, std=spread)
-        zero = [self.projection, self.modulation, *(block.modulation for block in self.blocks)]
-        if module in zero:
+        zero: list[Any] = [self.projection, self.modulation, *(block.modulation for block in self.blocks)]
+        if isinstance(module, nn.Linear) and module in zero:
             nn.init.zeros_(module.weight)
 
     def forward(self, pixel_values: Tensor, time: Tensor, labels: Tensor) -> Tensor:
