@@ -15,7 +15,7 @@ def test_equals_peft(scales):
     config = peft.PsoftConfig(r=4, psoft_alpha=4, psoft_mag_a=scales, psoft_mag_b=scales)
     theirs = peft_layer(host, config)
     ours, delta = adapted(host, graft.PSOFT(rank=4, scales=scales))
-    A, B = theirs._get_psoft_ab_cache_buffers("default")
+    A, _ = theirs._get_psoft_ab_cache_buffers("default")
     sign = (A * delta.V).sum(1).sign()  # PEFT takes the vectors as its decomposition gives them
     torch.testing.assert_close(A, sign[:, None] * delta.V, rtol=1e-5, atol=1e-5)
     R, upper = theirs.psoft_R["default"], delta.upper

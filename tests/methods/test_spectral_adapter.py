@@ -1,4 +1,4 @@
-"""Spectral Adapter: twice the rank of LoRA for its parameters; rotations keep the rest of the spectrum; no collision."""
+"""Spectral Adapter: twice the rank of LoRA for its parameters; rotations keep the spectrum; no collision."""
 
 import copy
 

@@ -16,7 +16,7 @@ def places(pattern, d, U, V):
     i, j = torch.arange(k)[:, None], torch.arange(k)
     if pattern in ("plain", "banded"):
         return ((i - j).abs() <= (d if pattern == "banded" else 0)).double()
-    count = sum(int((abs(a - b) <= d)) for a in range(k) for b in range(k))
+    count = sum(int(abs(a - b) <= d) for a in range(k) for b in range(k))
     alignment = (U.T @ V.T).abs()
     bound = alignment.flatten().sort(descending=True).values[count - 1]
     return (alignment >= bound).double()

@@ -43,8 +43,8 @@ class BOFT(Delta, name="boft"):
     B_1 is block-diagonal, which alone is OFT. B_i+1 turns blocks that take half of their `block` features from each
     half of a part of 2^i block features; m = `factors` make orthogonal blocks of side 2^(m-1) block from m in block
     numbers. A block is the Cayley transform (I + Q) (I - Q)^-1 of the skew-symmetric Q [block, block] with the upper
-    triangles `triangles` [factors, in / block, block (block - 1) / 2], zero at first; scale [out] starts at one and does
-    not act on the bias. Defaults are PEFT's, whose transform is that of -Q.
+    triangles `triangles` [factors, in / block, block (block - 1) / 2], zero at first; scale [out] starts at one and
+    does not act on the bias. Defaults are PEFT's, whose transform is that of -Q.
     """
 
     papers = (

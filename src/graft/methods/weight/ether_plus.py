@@ -11,7 +11,7 @@ from .orthogonal import Turned
 
 
 class ETHERPlus(Turned, name="ether_plus"):
-    """W' = G W H, H and G block-diagonal with blocks I - u u^T + v v^T of unit vectors u and v, H [in, in], G [out, out].
+    """W' = G W H, with H [in, in] and G [out, out] of diagonal blocks I - u u^T + v v^T, u and v unit vectors.
 
     u and v [2, blocks, in / blocks] are the `inputs`, those of G [2, blocks, out / blocks] the `outputs`; u is random
     and v starts at -u, where both blocks are the identity. ||H_i - I||_F <= 2 however far they move. Both sides cost

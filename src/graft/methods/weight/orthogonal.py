@@ -1,4 +1,4 @@
-"""What orthogonal methods share: blocks that turn features, the Cayley transform, and inputs turned by a thin product."""
+"""What orthogonal methods share: the Cayley transform, blocks that turn features, and thin changes of the inputs."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def skew(triangles: Tensor, upper: Tensor, side: int) -> Tensor:
 
 
 def cayley(Q: Tensor, terms: int | None = None) -> Tensor:
-    """(I + Q) (I - Q)^-1, orthogonal for skew-symmetric Q [..., n, n]; with `terms` = k, (I + Q) (I + Q + ... + Q^k)."""
+    """(I + Q) (I - Q)^-1, orthogonal for skew-symmetric Q [..., n, n]; with k `terms`, (I + Q) (I + Q + ... + Q^k)."""
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     if terms is None:
         return 2 * torch.linalg.inv(eye - Q) - eye  # the same, and cheaper in backward than a solve

@@ -15,7 +15,7 @@ class QGOFT(Delta, name="qgoft"):
     P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the
     L = log2(in) levels together make a tree, in which a plane costs a few operations per token. A number of features
     that is no power of two leaves the last one of a level over for the next. With `strict` (GOFT) a plane is rotated by
-    an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the columns of W^T stay. Otherwise
+    an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
     (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at first, and
     gamma sum <alpha, beta>^2 over all planes is added to the loss.
 
@@ -39,7 +39,9 @@ class QGOFT(Delta, name="qgoft"):
         site,
         *,
         strict: Annotated[bool, "rotations alone (GOFT) instead of any 2 x 2 matrices"] = False,
-        gamma: Annotated[float, "weight of the penalty which holds the 2 x 2 matrices near orthogonality", Range(0)] = 0.01,
+        gamma: Annotated[
+            float, "weight of the penalty which holds the 2 x 2 matrices near orthogonality", Range(0)
+        ] = 0.01,
     ):
         super().__init__(site)
         count = site.d_in - 1

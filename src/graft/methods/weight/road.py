@@ -1,4 +1,5 @@
-"""RoAd: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability. Liao, Monz, 2024."""
+"""RoAd, from 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability. Liao, Monz,
+2024."""
 
 from typing import Annotated, Literal
 
