@@ -51,3 +51,18 @@ def test_only_the_vector_is_saved(tmp_path):
     adapter.save(tmp_path / "a")
     assert set(adapter.state_dict()) == {"0:z"}
     assert sum(f.stat().st_size for f in (tmp_path / "a").glob("*.safetensors")) < 4 * 64 + 300
+
+
+def test_vectors_add_up_unless_the_sum_is_kept():
+    for keep_sum in (False, True):
+        model, x, changes = nn.Sequential(linear(6, 5)), torch.randn(3, 6, dtype=torch.float64), []
+        for name in "ab":
+            adapter = graft.attach(model, graft.SVF(keep_sum=keep_sum), "0", name=name)
+            with torch.no_grad():
+                adapter.deltas["0"].z.uniform_(0.5, 2)
+            changes.append(adapter.deltas["0"].weight(model[0].weight) - model[0].weight)
+        mixed = graft.combine(model, {"a": 0.3, "b": 0.7}).adapter
+        assert (mixed.recipe.method is graft.SVF) is not keep_sum
+        graft.activate(model, "combined")
+        new = model[0].weight + 0.3 * changes[0] + 0.7 * changes[1]
+        torch.testing.assert_close(model(x), x @ new.T + model[0].bias, rtol=1e-5, atol=1e-5)

@@ -89,3 +89,34 @@ def test_only_the_coefficients_are_saved_and_the_places_found_again(pattern, tmp
 def test_alignment_needs_a_square_matrix():
     with pytest.raises(graft.GraftError, match=r"svft: the pattern top_k .* \[4, 6\]; choose banded or random"):
         adapted(linear(6, 4), graft.SVFT(pattern="top_k"))
+
+
+def test_adapters_with_places_of_their_own_are_not_added_by_their_coefficients():
+    model, x = nn.Sequential(linear(6, 5)), torch.randn(3, 6, dtype=torch.float64)
+    changes = []
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter = graft.attach(model, graft.SVFT(pattern="random", off_diagonals=1), "0", name=name, seed=seed)
+        with torch.no_grad():
+            adapter.deltas["0"].value.normal_()
+        changes.append(adapter.deltas["0"].weight(model[0].weight) - model[0].weight)
+    for weights in ({"a": 0.5, "b": -1.0}, {"a": 0.5}):
+        graft.combine(model, weights)
+        graft.activate(model, "combined")
+        new = model[0].weight + sum(w * c for w, c in zip(weights.values(), changes))
+        torch.testing.assert_close(model(x), x @ new.T + model[0].bias, rtol=1e-5, atol=1e-5)
+        graft.adapters(model)["combined"].detach()
+
+
+@pytest.mark.parametrize("pattern", ["banded", "random"])
+def test_rows_of_one_batch_have_places_of_their_own(pattern):
+    model, x = nn.Sequential(linear(6, 5)), torch.randn(3, 4, 6, dtype=torch.float64)
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter = graft.attach(model, graft.SVFT(pattern=pattern, off_diagonals=1), "0", name=name, seed=seed)
+        with torch.no_grad():
+            adapter.deltas["0"].value.normal_()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), graft.route(model, ["b", "a", "b"]):
+            y = model(x)
+        for i, name in enumerate(["b", "a", "b"]):
+            graft.activate(model, name)
+            torch.testing.assert_close(y[i], model(x[i]))

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from ...core.delta import Paper
+from ...core.delta import Delta, Paper
 from .spectrum import Spectral
 
 
@@ -26,6 +26,8 @@ class SVF(Spectral, name="svf"):
         super().__init__(site)
         self.z = nn.Parameter(torch.ones(len(self.s)))
         self.keep_sum = keep_sum
+        if keep_sum:
+            self.neutral = Delta.neutral  # the common factor is not linear in z
 
     def change(self):
         """What is added to the singular values [k]."""

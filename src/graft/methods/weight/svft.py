@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from ...core.delta import Paper
+from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
 from .spectrum import Spectral
@@ -60,6 +60,7 @@ class SVFT(Spectral, name="svft"):
         index = None
         if pattern == "random":
             index = torch.rand(k * k).topk(count).indices.sort().values
+            self.neutral = Delta.neutral  # each adapter has its own places
         elif pattern == "top_k":
             if site.d_in != site.d_out:
                 raise GraftError(
