@@ -1,5 +1,9 @@
 """What methods share that add a product of two thin matrices and have nothing more to say about it."""
 
+from typing import Any
+
+from torch import Tensor
+
 from ...core.delta import Delta
 
 
@@ -9,7 +13,10 @@ class Factored(Delta):
     passes_x = True
     by_factors = True
 
-    def prepare(self, inner):
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def prepare(self, inner) -> tuple[Any, ...]:
         return self.factors()
 
     def act(self, inner, x, *factors):

@@ -1,6 +1,6 @@
 """qGOFT: Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation. Ma et al., 2024."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ class QGOFT(Delta, name="qgoft"):
         ),
     )
     hosts = ("linear", "conv")
+    angles: Any
+    planes: Any
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class QGOFT(Delta, name="qgoft"):
 
     def turns(self):
         """The 2 x 2 matrices [in - 1, 2, 2], level by level."""
-        if self.angles is None:
+        if self.planes is not None:
             return self.planes
         c, s = self.angles.cos(), self.angles.sin()
         return torch.stack([c, -s, s, c], -1).unflatten(-1, (2, 2))
@@ -74,9 +76,8 @@ class QGOFT(Delta, name="qgoft"):
 
     @classmethod
     def penalty(cls, deltas):
-        if deltas[0].planes is None or not deltas[0].gamma:
-            return None
-        return deltas[0].gamma * torch.stack([d.planes.prod(-1).sum(-1).square().sum() for d in deltas]).sum()
+        soft = [d for d in deltas if d.planes is not None and d.gamma]
+        return torch.stack([d.gamma * d.planes.prod(-1).sum(-1).square().sum() for d in soft]).sum() if soft else None
 
 
 def _pair(a, b, P):

@@ -79,7 +79,7 @@ class SVFT(Spectral, name="svft"):
         k = len(self.s)
         if self.index is not None:
             return _placed(self.value.new_zeros(k, k), self.value, self.index)
-        return sum(torch.diag_embed(v, o) for o, v in self.diagonals(self.value))
+        return torch.stack([torch.diag_embed(v, o) for o, v in self.diagonals(self.value)]).sum(0)
 
     def factors(self):
         return self.M() @ self.V, self.U

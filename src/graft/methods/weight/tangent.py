@@ -56,6 +56,7 @@ class Tangent(Delta, name="tangent"):
     )
     hosts = ("module",)
     passes_x = True
+    bare: Any
 
     def __init__(self, site):
         super().__init__(site)
@@ -67,7 +68,7 @@ class Tangent(Delta, name="tangent"):
     def forward(self, inner, *args, **kwargs):
         own = [self.site.module.get_parameter(name) for name in self.names]
         names = [f"module.{name}" for name in self.names]
-        seen = []
+        seen: list[Any] = []
 
         def run(tensors):
             out = functional_call(self.bare, dict(zip(names, tensors)), args, kwargs)
@@ -76,7 +77,7 @@ class Tangent(Delta, name="tangent"):
             return tuple(filter(_moves, leaves))
 
         with sdpa_kernel(SDPBackend.MATH):
-            values, tangents = jvp(run, (own,), ([d.to(p.dtype) for d, p in zip(self.d, own)],))
+            values, tangents = jvp(run, (own,), ([d.to(p.dtype) for d, p in zip(self.d, own)],))[:2]
         spec, leaves = seen
         if isinstance(inner, Host):  # its values are already there
             moved = iter([y + dy for y, dy in zip(values, tangents)])

@@ -80,13 +80,13 @@ class TLoRA(Delta, name="tlora"):
 
     @classmethod
     def penalty(cls, deltas):
-        if not deltas[0].gamma:
-            return None
         terms = []
-        for core in (core for d in deltas for core in d.A):
-            eye = torch.eye(len(core), dtype=core.dtype, device=core.device) / core.shape[-1]
-            terms.append(torch.linalg.vector_norm(core - eye[:, :, None, None], dim=(0, 1)).sum())
-        return deltas[0].gamma * torch.stack(terms).sum()
+        for d in deltas:
+            for core in d.A if d.gamma else ():
+                eye = torch.eye(len(core), dtype=core.dtype, device=core.device) / core.shape[-1]
+                away = torch.linalg.vector_norm(core - eye[:, :, None, None], dim=(0, 1)).sum()
+                terms.append(d.gamma * away)
+        return torch.stack(terms).sum() if terms else None
 
 
 def digits(size: int, count: int) -> list[int]:
