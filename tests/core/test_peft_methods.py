@@ -19,7 +19,7 @@ methods.load()
 IDS = tokens()
 EXCHANGED = sorted(name for name, cls in METHODS.items() if isinstance(cls.peft, Peft))
 # Hyperparameters for a tiny model where those of `small` have no counterpart in PEFT.
-HYPER = {"shira": {"density": lambda s: 2 * (s.d_in + s.d_out) / (s.d_in * s.d_out)}}
+HYPER = {"boft": {"factors": 1}, "shira": {"density": lambda s: 2 * (s.d_in + s.d_out) / (s.d_in * s.d_out)}}
 
 
 def logits(model, ids=IDS):

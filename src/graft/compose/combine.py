@@ -212,7 +212,9 @@ class Plan:
     def _is_linear_in(self, cls: type[Delta]) -> bool:
         """Whether tensors of one shape and meaning meet at every module, in which the change is linear."""
         at_module = map(self._at, self._paths(self.heads))
-        return bool(cls.neutral) and all(_alike(found[0], other) for found in at_module for other in found[1:])
+        return bool(cls.neutral) and all(
+            found[0][0].neutral and all(_alike(found[0], other) for other in found[1:]) for found in at_module
+        )
 
     def _in_tensors(self, path: str) -> Kept:
         found = self._at(path)

@@ -6,10 +6,11 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
+from .orthogonal import Turned
 
 
 def _square(site, U):
@@ -26,7 +27,7 @@ def _square(site, U):
     return U
 
 
-class HRA(Delta, name="hra"):
+class HRA(Turned, name="hra"):
     """W' = W H_1 ... H_rank with H_i = I - 2 u_i u_i^T / ||u_i||^2: the inputs are reflected.
 
     The u_i are the columns of U [in, rank]. The product is I - U T U^T with T = (triu(G, 1) + diag(G) / 2)^-1 and
@@ -49,7 +50,6 @@ class HRA(Delta, name="hra"):
             "https://doi.org/10.1145/1141885.1141886",
         ),
     )
-    hosts = ("linear", "conv")
     small = dict(rank=2)
     peft = Peft(
         "HRA",
@@ -67,26 +67,10 @@ class HRA(Delta, name="hra"):
         half = torch.empty(site.d_in, rank // 2)
         nn.init.kaiming_uniform_(half, a=5**0.5)
         self.U = nn.Parameter(half.repeat_interleave(2, dim=1))
-        self.passes_x = site.kind != "linear"  # the patches of a convolution overlap: its outputs are changed instead
 
-    def back(self):
-        """U T [in, rank]."""
+    def turn(self):
         U = self.U
         with torch.autocast(U.device.type, enabled=False):
             G = U.mT @ U
             half = G.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
-            return torch.linalg.solve_triangular(G.triu(1) + half, U, upper=True, left=False)
-
-    def prepare(self, inner):
-        back = -self.back()
-        if self.site.kind != "linear":
-            w = inner.weight
-            back = w @ back.to(w.dtype)
-        return self.U.mT, back
-
-    def act(self, inner, x, A, B):
-        h = self.site.down(x, A)
-        return self.site.add_up(inner(x), h, B) if self.passes_x else inner(self.site.add_up(x, h, B))
-
-    def weight(self, w):
-        return w - (w.to(torch.promote_types(w.dtype, self.U.dtype)) @ self.back()) @ self.U.mT
+            return U.mT, -torch.linalg.solve_triangular(G.triu(1) + half, U, upper=True, left=False)

@@ -10,7 +10,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from ...core.site import small_product
+from .orthogonal import cayley, skew, turned, turned_inputs
 
 
 class _OFTPeft(Peft):
@@ -100,16 +100,7 @@ class OFT(Delta, name="oft"):
         """R [in / block, block, block]."""
         q = self.triangles
         with torch.autocast(q.device.type, enabled=False):
-            Q = q.new_zeros(len(q), self.block, self.block)
-            Q[:, self.upper[0], self.upper[1]] = q
-            Q = Q - Q.mT
-            eye = torch.eye(self.block, dtype=q.dtype, device=q.device)
-            if self.terms is None:
-                return 2 * torch.linalg.inv(eye - Q) - eye  # the same, and cheaper in backward than a solve
-            series = eye + Q
-            for _ in range(self.terms - 1):
-                series = eye + Q @ series
-            return series + Q @ series
+            return cayley(skew(q, self.upper, self.block), self.terms)
 
     def prepare(self, inner):  # the inputs of a convolution are patches, which overlap
         return (self.rotation(),) if self.site.kind == "linear" else super().prepare(inner)
@@ -117,15 +108,8 @@ class OFT(Delta, name="oft"):
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":
             return super().act(inner, x, *prepared)
-        (R,) = prepared
-        dtype = small_product(x, R)
-        return inner(_turned(x.to(dtype), R.to(dtype)).to(x.dtype))
+        return turned_inputs(inner, x, [(prepared[0], 0)])
 
     def weight(self, w):
         R = self.rotation()
-        return _turned(w.to(torch.promote_types(w.dtype, R.dtype)), R.mT)
-
-
-def _turned(x, R):
-    """x R over the last axis, block by block."""
-    return torch.einsum("...nc,ncd->...nd", x.unflatten(-1, (-1, R.shape[-1])), R).flatten(-2)
+        return turned(w.to(torch.promote_types(w.dtype, R.dtype)), R.mT)

@@ -1,0 +1,139 @@
+"""GLoRA: One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning. Chavan et al., 2023."""
+
+import functools
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.formats.peft import OWN, As, Peft
+from ...core.hyper import Range
+
+Kind = Literal["lora", "vector", "constant", "none"]
+
+
+class _GloraPeft(Peft):
+    """PEFT has one kind for A and B and one for D and E, and saves the zeros of a tensor which is not there."""
+
+    def site_in(self, site, found, config):
+        return super().site_in(site, {name: t for name, t in found.items() if not name.endswith(".zeros")}, config)
+
+    def write_config(self, method, deltas, hyper):
+        for one, other in ("ab", "de"):
+            if any(h[one] != h[other] for h in hyper.values()):
+                raise GraftError(f"PEFT's GLoRA has one kind for {one} and {other}, this adapter several: {OWN}")
+        return super().write_config(method, deltas, hyper)
+
+    def read_config(self, method, config, sites, found):
+        hyper = super().read_config(method, config, sites, found)
+        return hyper | {"b": hyper["a"], "e": hyper["d"]}
+
+
+_TENSORS = {
+    f"{name}{ours}": As(f"glora_{name}.{theirs}", optional=True)
+    for name in "ABCDE"
+    for ours, theirs in {"": "X", "_down": "Xd", "_up": "Xu", "_none": "zeros"}.items()
+}
+
+
+class GLoRA(Delta, name="glora"):
+    """W' = W + W * A + B and b' = b + b * D + E + W_0 C, where W_0 [out, in] is the base's matrix.
+
+    Each of the tensors A and B [out, in], C [in], D and E [out] is
+
+        lora       a product `down` [rows, rank] times `up` [rank, columns], up random and down zero at first (A, B, C)
+        vector     one value per output for A, B, D and E, per input for C, zero at first
+        constant   one value (A, B, D, E), zero at first
+        none       left out
+
+    Where the host has no bias, C, D and E are left out, as in Hugging Face PEFT, whose defaults these are. The paper
+    finds the kinds of each layer by an evolutionary search; here they are hyperparameters. W' is formed in the forward
+    and again in the backward pass, not kept.
+    """
+
+    papers = (
+        Paper(
+            "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning",
+            "Chavan et al.",
+            2023,
+            "https://arxiv.org/abs/2306.07967",
+        ),
+    )
+    hosts = ("linear",)
+    small = dict(rank=2)
+    peft = _GloraPeft(
+        "GLORA",
+        _TENSORS,
+        config={"r": "rank", "config_A_B": "a", "config_C": "c", "config_D_E": "d"},
+        fixed={"bias": "none"},
+        neutral=frozenset({"init_weights"}),
+        own=frozenset({"b", "e"}),
+        hosts=("Linear",),
+    )
+
+    def __init__(
+        self,
+        site,
+        *,
+        rank: Annotated[int, "rank of the tensors of kind lora", Range(1)] = 8,
+        a: Annotated[Kind, "kind of A, which scales the weight"] = "lora",
+        b: Annotated[Kind, "kind of B, which shifts the weight"] = "lora",
+        c: Annotated[Literal["lora", "vector", "none"], "kind of C, a prompt that goes through the weight"] = "lora",
+        d: Annotated[Literal["vector", "constant", "none"], "kind of D, which scales the bias"] = "constant",
+        e: Annotated[Literal["vector", "constant", "none"], "kind of E, which shifts the bias"] = "constant",
+    ):
+        super().__init__(site)
+        out, columns = site.d_out, site.d_in
+        kinds = {"A": a, "B": b} | ({} if site.bias is None else {"C": c, "D": d, "E": e})
+        self.kinds = tuple(kinds.get(name, "none") for name in "ABCDE")
+        if set(self.kinds) == {"none"}:
+            raise GraftError(f"glora: nothing is left to train at {site.path}: a or b must not be none there")
+        for name, kind in zip("ABCDE", self.kinds):
+            rows, width = {"A": (out, columns), "B": (out, columns), "C": (columns, 1)}.get(name, (out, 0))
+            if kind == "lora":
+                up = nn.init.kaiming_uniform_(torch.empty(rank, width), a=5**0.5)
+                self.register_parameter(f"{name}_down", nn.Parameter(torch.zeros(rows, rank)))
+                self.register_parameter(f"{name}_up", nn.Parameter(up))
+            elif kind != "none":
+                shape = (1,) if kind == "constant" else (rows, 1) if width else (rows,)
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def of(self, name):
+        """The tensors of A, B, C, D or E: one, the two of a product, or none."""
+        return [p for n, p in self.named_parameters() if n[0] == name]
+
+    def forward(self, inner, x):
+        w, b = inner.weight, self.bias(inner.bias)
+        form = functools.partial(_formed, self.kinds[:2])
+        return self.site.apply_formed(x, form, w, b, *self.of("A"), *self.of("B"))
+
+    def weight(self, w):
+        tensors = [*self.of("A"), *self.of("B")]
+        wide = torch.promote_types(w.dtype, torch.float32)
+        return _formed(self.kinds[:2], w.to(wide), *tensors)
+
+    def bias(self, b):
+        if b is None:
+            return b
+        C, D, E = (_value(self.of(name)) for name in "CDE")
+        new = b if D is None else b + b * D
+        if E is not None:
+            new = new + E
+        w = self.site.weight
+        return new if C is None else new + (w @ C.to(w.dtype)).flatten()
+
+
+def _value(tensors):
+    if not tensors:
+        return None
+    return tensors[0] @ tensors[1] if len(tensors) == 2 else tensors[0]
+
+
+def _formed(kinds, w, *tensors):
+    """W + W * A + B."""
+    cut = {"lora": 2, "none": 0}.get(kinds[0], 1)
+    A, B = _value(tensors[:cut]), _value(tensors[cut:])
+    new = w if A is None else w + w * A
+    return new if B is None else new + B

@@ -1,0 +1,45 @@
+"""NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models. Lin et al., 2024."""
+
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ...core.delta import Paper
+from ...core.hyper import Range
+from .spectrum import Spectral
+
+
+class NestedLoRA(Spectral, name="nested_lora"):
+    """W' = W + U diag(s) B A V: a LoRA of rank `inner` inside one of rank `rank` that is frozen.
+
+    The outer LoRA are the largest singular triplets U [out, rank], s and V [rank, in] of W, made from W and not saved;
+    A [inner, rank] is random (Kaiming uniform) and B [rank, inner] zero, so that 2 rank inner parameters are trained,
+    whatever the size of W. The nesting is the paper's. How it splits s between the outer matrices was read in a review
+    of the paper only, and its activation-aware decomposition is left out; neither code nor defaults are published.
+    """
+
+    papers = (
+        Paper(
+            "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models",
+            "Lin et al.",
+            2024,
+            "https://arxiv.org/abs/2408.10280",
+        ),
+    )
+    small = dict(rank=3, inner=2)
+
+    def __init__(
+        self,
+        site,
+        *,
+        rank: Annotated[int, "singular triplets in the frozen outer LoRA", Range(1)] = 64,
+        inner: Annotated[int, "rank of the trained inner LoRA", Range(1)] = 8,
+    ):
+        super().__init__(site, rank)
+        self.A = nn.Parameter(torch.empty(inner, len(self.s)))
+        self.B = nn.Parameter(torch.zeros(len(self.s), inner))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def factors(self):
+        return self.A @ self.V, (self.U * self.s) @ self.B

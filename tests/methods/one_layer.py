@@ -1,0 +1,22 @@
+"""One adapted layer whose delta is away from its start."""
+
+import torch
+from torch import nn
+
+import graft
+
+
+def adapted(host: nn.Module, recipe, seed=0, size=0.5) -> tuple:
+    """(a model of `host` alone, its delta), all trainable tensors moved at random by `size`."""
+    model = nn.Sequential(host)
+    adapter = graft.attach(model, recipe, "0", seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(size * torch.randn_like(p))
+    return model, adapter.deltas["0"]
+
+
+def linear(d_in, d_out, bias=True, seed=0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(d_in, d_out, bias, dtype=torch.float64)
