@@ -287,6 +287,9 @@ class Adapter:
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
         resolved = {s.path: recipe.at(s) for s in sites}
+        if saved is None:
+            resolved = cls.plan(sites, resolved)
+            sites = _numbered([s for s in sites if s.path in resolved])
 
         def build() -> dict[str, Delta]:
             shared = cls.share(sites, **resolved[sites[0].path])
@@ -315,11 +318,11 @@ class Adapter:
             sites.append(site)
         for site in sites:
             site.stats, site.saved = {}, None  # used up; they can be large
-        # What a function of the site or a pattern gave is kept by path: a function cannot be saved.
+        # What a function of the site, a pattern or a plan gave is kept by path: a function cannot be saved.
         self.recipe = Recipe(
             cls,
             {
-                k: ByPath({p: h[k] for p, h in resolved.items()}) if callable(v) or isinstance(v, dict) else v
+                k: v if all(h[k] is v for h in resolved.values()) else ByPath({p: h[k] for p, h in resolved.items()})
                 for k, v in recipe.hyper.items()
             },
         )
@@ -365,10 +368,7 @@ class Adapter:
         if refused and (len(refused) == len(sites) or not is_preset(targets)):
             path, reason = next(iter(refused.items()))
             raise GraftError(f"{cls.name} cannot work at {path or 'the model'}: {reason}")
-        kept = [s for s in sites if s.path not in refused]
-        for i, site in enumerate(kept):
-            site.index, site.count = i, len(kept)
-        return kept
+        return _numbered([s for s in sites if s.path not in refused])
 
     def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
         if saved is None:
@@ -553,6 +553,12 @@ def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         path, _, tensor = key.rpartition(":")
         found.setdefault(path, {})[tensor] = value
     return found
+
+
+def _numbered(sites: list[Site]) -> list[Site]:
+    for i, site in enumerate(sites):
+        site.index, site.count = i, len(sites)
+    return sites
 
 
 HEADS = ("linear", "conv", "embedding", "norm", "module")

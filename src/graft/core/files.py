@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,25 @@ def _contents(
         broken = next(key for key, value in state.items() if not is_finite([value]))
         raise GraftError(f"{broken} of adapter {adapter.name!r} holds NaN or infinity: nothing was saved")
     form, base = FORMATS[format], _base(adapter.model, base_model)
-    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(adapter, base)
+    stored = adapter if form is _Graft else _plain(adapter)
+    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(stored, base)
+
+
+def _plain(adapter: Adapter) -> Adapter:
+    """The adapter in the form which other libraries know: a copy, not on the model, where a delta has another one."""
+    absorbed = {path: found for path, delta in adapter.deltas.items() if (found := delta.absorbed()) is not None}
+    if not absorbed:
+        return adapter
+    saved, cls = content(adapter), adapter.recipe.method
+    own = {path: adapter.recipe.at(adapter.deltas[path].site) for path in saved.modules}
+    own |= {path: own[path] | hyper for path, (hyper, _) in absorbed.items()}
+    state = {k: t for k, t in saved.tensors.items() if k.rpartition(":")[0] not in absorbed}
+    state |= {f"{path}:{name}": t for path, (_, tensors) in absorbed.items() for name, t in tensors.items()}
+    names = {k: ByPath({path: hyper[k] for path, hyper in own.items()}) for k in adapter.recipe.hyper}
+    plain = build(adapter.model, replace(saved, recipe=Recipe(cls, names), tensors=state), adapter.name)
+    plain.load_state_dict(state)
+    plain.task = saved.task
+    return plain
 
 
 def _base(model: nn.Module, given: str | None) -> str | None:

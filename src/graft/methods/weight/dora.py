@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.factored import Initialised, Start
 from ...core.formats import OWN
 from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.peft import As
@@ -51,7 +52,7 @@ class _DoraHub(LoraHub):
 _M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
 
 
-class DoRA(Delta, name="dora"):
+class DoRA(Initialised, name="dora"):
     """W' = diag(m / ||V||) V with V = W + s B A and ||V|| [out] the norms of its rows (equation 5).
 
     m [out] is trained from the norms of W, beside LoRA's A [rank, in] and B [out, rank], so that the adapted model
@@ -81,7 +82,7 @@ class DoRA(Delta, name="dora"):
         config={"r": "rank", "dropout": "dropout"},
         fixed=LoRA.adapter_hub.fixed | {"use_dora": True},
         neutral=frozenset({"alpha"}),
-        own=frozenset({"alpha", "rslora"}),
+        own=LoRA.adapter_hub.own,
     )
     lycoris = replace(
         LoRA.lycoris,
@@ -98,17 +99,24 @@ class DoRA(Delta, name="dora"):
         alpha: Annotated[float, "numerator of the scaling s"] = 16.0,
         dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
         rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
+        init: Start = "random",
     ):
         super().__init__(site)
-        self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+        self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, init=init)
         self.m = nn.Parameter(self.norm(site.weight_now))
+
+    def absorbed(self):
+        if (plain := self.low.absorbed()) is None:
+            return None
+        hyper, tensors = plain
+        return hyper, {f"low.{name}": t for name, t in tensors.items()} | {"m": self.m}
 
     @torch.no_grad()
     def norm(self, w):
         """Row norms of V [out] for w [out, in]."""
         wide = torch.promote_types(w.dtype, torch.float32)
-        a, b = self.low.A.to(wide), self.low.scaling * self.low.B.to(wide)
-        cross = 2 * F.linear(w, self.low.A.to(w.dtype)) + b @ (a @ a.T)
+        a, b = (t.to(wide) for t in self.low.factors())
+        cross = 2 * F.linear(w, a.to(w.dtype)) + b @ (a @ a.T)
         square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
         return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
 
