@@ -1,7 +1,9 @@
 """Statistics for data- and gradient-driven methods, collected once for all sites and methods which ask for them."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -195,6 +197,8 @@ def _tokens(x: Tensor, batch: Any) -> Tensor:
 
 def _as_matrix(site, grad: Tensor) -> Tensor:
     """A gradient in the host's layout as [out, in]."""
-    if site.weight.shape == grad.shape:
+    if site.kind == "norm":
         return grad
-    return grad.T if site.weight.shape == grad.T.shape else grad.reshape(site.weight.shape)
+    of_gradient = copy.copy(site)
+    of_gradient.module = SimpleNamespace(weight=grad)
+    return of_gradient.weight
