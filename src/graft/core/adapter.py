@@ -16,7 +16,7 @@ from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
 from .site import Site, site_for
-from .targets import resolve
+from .targets import is_preset, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter
 _HOME = "_graft"  # where a model keeps its registry
@@ -365,7 +365,7 @@ class Adapter:
         }
         reasons = {s.path: inside.get(id(s.module)) or cls.refuses(s) for s in sites}
         refused = {path: reason for path, reason in reasons.items() if reason}
-        if refused and (len(refused) == len(sites) or not is_preset(targets)):
+        if refused and (len(refused) == len(sites) or not all_presets(targets)):
             path, reason = next(iter(refused.items()))
             raise GraftError(f"{cls.name} cannot work at {path or 'the model'}: {reason}")
         return _numbered([s for s in sites if s.path not in refused])
@@ -564,11 +564,9 @@ def _numbered(sites: list[Site]) -> list[Site]:
 HEADS = ("linear", "conv", "embedding", "norm", "module")
 
 
-def is_preset(targets) -> bool:
-    from .targets import PRESETS
-
+def all_presets(targets) -> bool:
     picks = [targets] if isinstance(targets, str) else targets
-    return not callable(picks) and all(isinstance(pick, str) and pick in PRESETS for pick in picks)
+    return not callable(picks) and all(map(is_preset, picks))
 
 
 def _full() -> type[Delta]:
