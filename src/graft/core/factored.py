@@ -11,6 +11,7 @@ import json
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import Delta, Paper
@@ -204,6 +205,18 @@ class Factored(Initialised):
     def scales_later(self) -> bool:
         """Whether `act` scales the features: with gradients, scaling B would keep one more [out, k] for backward."""
         return torch.is_grad_enabled() and self.A0 is None
+
+    @torch.no_grad()
+    def row_norms(self, w: Tensor) -> Tensor:
+        """[out], the norms of the rows of w + B A, without B A [out, in].
+
+        ||w + b A||^2 = ||w||^2 + 2 <w A^T, b> + b (A A^T) b^T for each row w and b.
+        """
+        to = torch.promote_types(w.dtype, torch.float32)
+        A, B = (t.to(to) for t in self.factors())
+        cross = 2 * F.linear(w, A.to(w.dtype)) + B @ (A @ A.T)
+        square = torch.linalg.vector_norm(w, dim=1, dtype=to).square()
+        return (square + (cross * B).sum(1)).clamp(min=torch.finfo(to).tiny).sqrt()
 
     def rest(self, w: Tensor) -> Tensor:
         """What stays frozen of w [out, in]."""

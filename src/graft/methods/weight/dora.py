@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Paper
@@ -56,12 +54,9 @@ class DoRA(Initialised, name="dora"):
     """W' = diag(m / ||V||) V with V = W + s B A and ||V|| [out] the norms of its rows (equation 5).
 
     m [out] is trained from the norms of W, beside LoRA's A [rank, in] and B [out, rank], so that the adapted model
-    starts as the base. The norms are constants for the gradient (section 4.3). They come in closed form,
-
-        ||w + b A||^2 = ||w||^2 + 2 <w A^T, b> + b (A A^T) b^T    for each row w of W and b of s B,
-
-    without s B A [out, in]; activations are rescaled, y = (W x + s B (A x)) m / ||V|| + bias. Dropout falls on the
-    input of the low-rank update only.
+    starts as the base. The norms are constants for the gradient (section 4.3) and come in closed form, without
+    s B A [out, in]; activations are rescaled, y = (W x + s B (A x)) m / ||V|| + bias. Dropout falls on the input of the
+    low-rank update only.
     """
 
     papers = (
@@ -103,7 +98,7 @@ class DoRA(Initialised, name="dora"):
     ):
         super().__init__(site)
         self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, init=init)
-        self.m = nn.Parameter(self.norm(site.weight_now))
+        self.m = nn.Parameter(self.low.row_norms(site.weight_now))
 
     def absorbed(self):
         if (plain := self.low.absorbed()) is None:
@@ -111,17 +106,10 @@ class DoRA(Initialised, name="dora"):
         hyper, tensors = plain
         return hyper, {f"low.{name}": t for name, t in tensors.items()} | {"m": self.m}
 
-    @torch.no_grad()
-    def norm(self, w):
-        """Row norms of V [out] for w [out, in]."""
-        wide = torch.promote_types(w.dtype, torch.float32)
-        a, b = (t.to(wide) for t in self.low.factors())
-        cross = 2 * F.linear(w, a.to(w.dtype)) + b @ (a @ a.T)
-        square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
-        return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
-
     def prepare(self, inner):
-        gain = self.m / self.norm(inner.weight) - 1  # as a difference: exact at the start, in half precision too
+        gain = (
+            self.m / self.low.row_norms(inner.weight) - 1
+        )  # as a difference: exact at the start, in half precision too
         A, B, _ = self.low.prepare(inner)
         return A, B, gain, inner.bias
 
@@ -129,4 +117,4 @@ class DoRA(Initialised, name="dora"):
         return self.site.rescale(self.low.act(inner, x, A, B), gain, bias)
 
     def weight(self, w):
-        return (self.m / self.norm(w))[:, None] * self.low.weight(w)
+        return (self.m / self.low.row_norms(w))[:, None] * self.low.weight(w)
