@@ -10,7 +10,7 @@ from torch import nn
 
 import graft
 from graft import METHODS, GraftError
-from models import attach, bert, gpt2, llama, move, tokens
+from models import attach, bert, gpt2, llama, tokens
 
 graft.LoRA  # noqa: B018  fills METHODS
 
