@@ -15,6 +15,7 @@ from .core.adapter import Adapter, attach
 from .core.errors import GraftError
 from .core.hyper import Range
 from .core.recipe import Recipe
+from .core.site import site_for
 from .core.statistics import collect
 from .core.targets import resolve
 from .models import Base, architecture, load_base
@@ -92,11 +93,11 @@ def tune(
         cls, where, stats = recipe.method, targets, None
         if targets is None and cls.targets == "head" and base.heads:
             where, base.heads = base.heads, []  # the method itself is for heads
-        varied = any(callable(value) or isinstance(value, dict) for value in recipe.hyper.values())
-        if needs := cls.needs if varied else cls.asks(recipe.hyper):
+        hosts = dict(resolve(base.model, where or cls.targets, cls.hosts))
+        asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
+        if needs := sorted({need for some in asked for need in some}):
             batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-            paths = {path for path, _ in resolve(base.model, where or cls.targets, cls.hosts)}
-            stats = collect(base.model, batches, needs, lambda path, module, paths=paths: path in paths, loss)
+            stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
         whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
         made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
     try:

@@ -10,7 +10,7 @@ from torch import nn
 
 import graft
 from graft import METHODS, GraftError
-from models import bert, gpt2, llama, move, tokens
+from models import attach, bert, gpt2, llama, tokens
 
 graft.LoRA  # noqa: B018  fills METHODS
 
@@ -67,7 +67,7 @@ CASES = {name: (name, METHODS[name].small, {}) for name in ADDITIVE} | {
 @pytest.mark.parametrize("name, hyper, options", CASES.values(), ids=CASES)
 def test_what_vllm_and_peft_compute_is_what_the_adapter_does(tmp_path, name, hyper, options):
     ours = llama()
-    adapter = move(graft.attach(ours, name, **({"targets": "all-linear"} | options), **hyper))
+    adapter = attach(ours, name, "default", **({"targets": "all-linear"} | options), **hyper)
     adapter.save(tmp_path / "a", format="vllm")
     expect = ours(tokens()).logits
     assert (expect - llama()(tokens()).logits).abs().max() > 1e-2

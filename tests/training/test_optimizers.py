@@ -8,7 +8,7 @@ from graft.core.errors import GraftError
 from graft.training import checkpoints, optimizers
 
 EXTRA = importlib.util.find_spec("pytorch_optimizer") is not None
-NAMES = ["adamw", "SGD", "Adafactor", "rmsprop", "NAdam", "Rprop", "ASGD", "Muon"]
+NAMES = ["adamw", "SGD", "Adafactor", "rmsprop", "NAdam", "Rprop", "ASGD", "Muon", "snsm"]
 NAMES += ["lion", "prodigy", "schedulefreeadamw", "came", "soap", "adopt", "madgrad", "rose"] if EXTRA else []
 
 

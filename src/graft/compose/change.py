@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta, Host, is_owned
+from ..core.factored import wide
 from ..methods.weight.full import Full
 
 MATRICES = ("linear", "conv", "embedding")  # kinds of hosts which own a matrix [out, in]
@@ -27,11 +28,6 @@ class Change(NamedTuple):
     matrix: Tensor | LowRank
     bias: Tensor | None
     rounding: float = 0.0
-
-
-def wide(t: Tensor) -> Tensor:
-    """In float32 at least."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
 def change_of(delta: Delta) -> Change:

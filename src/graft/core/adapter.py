@@ -16,7 +16,7 @@ from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
 from .site import Site, site_for
-from .targets import resolve
+from .targets import is_preset, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter
 _HOME = "_graft"  # where a model keeps its registry
@@ -287,6 +287,9 @@ class Adapter:
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
         resolved = {s.path: recipe.at(s) for s in sites}
+        if saved is None:
+            resolved = cls.plan(sites, resolved)
+            sites = _numbered([s for s in sites if s.path in resolved])
 
         def build() -> dict[str, Delta]:
             shared = cls.share(sites, **resolved[sites[0].path])
@@ -315,11 +318,11 @@ class Adapter:
             sites.append(site)
         for site in sites:
             site.stats, site.saved = {}, None  # used up; they can be large
-        # What a function of the site or a pattern gave is kept by path: a function cannot be saved.
+        # What a function of the site, a pattern or a plan gave is kept by path: a function cannot be saved.
         self.recipe = Recipe(
             cls,
             {
-                k: ByPath({p: h[k] for p, h in resolved.items()}) if callable(v) or isinstance(v, dict) else v
+                k: v if all(h[k] is v for h in resolved.values()) else ByPath({p: h[k] for p, h in resolved.items()})
                 for k, v in recipe.hyper.items()
             },
         )
@@ -362,13 +365,10 @@ class Adapter:
         }
         reasons = {s.path: inside.get(id(s.module)) or cls.refuses(s) for s in sites}
         refused = {path: reason for path, reason in reasons.items() if reason}
-        if refused and (len(refused) == len(sites) or not is_preset(targets)):
+        if refused and (len(refused) == len(sites) or not all_presets(targets)):
             path, reason = next(iter(refused.items()))
             raise GraftError(f"{cls.name} cannot work at {path or 'the model'}: {reason}")
-        kept = [s for s in sites if s.path not in refused]
-        for i, site in enumerate(kept):
-            site.index, site.count = i, len(kept)
-        return kept
+        return _numbered([s for s in sites if s.path not in refused])
 
     def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
         if saved is None:
@@ -555,14 +555,18 @@ def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def _numbered(sites: list[Site]) -> list[Site]:
+    for i, site in enumerate(sites):
+        site.index, site.count = i, len(sites)
+    return sites
+
+
 HEADS = ("linear", "conv", "embedding", "norm", "module")
 
 
-def is_preset(targets) -> bool:
-    from .targets import PRESETS
-
+def all_presets(targets) -> bool:
     picks = [targets] if isinstance(targets, str) else targets
-    return not callable(picks) and all(isinstance(pick, str) and pick in PRESETS for pick in picks)
+    return not callable(picks) and all(map(is_preset, picks))
 
 
 def _full() -> type[Delta]:

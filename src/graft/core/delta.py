@@ -174,6 +174,14 @@ class Delta(nn.Module, metaclass=_MethodType):
         return cls.needs
 
     @classmethod
+    def plan(cls, sites: list, hypers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The hyperparameters by path, once all sites of a new adapter are known; a site left out gets no delta."""
+        return hypers
+
+    def absorbed(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Hyperparameters and tensors of the same delta in its plain form, which other formats know; None if it is."""
+
+    @classmethod
     def places(cls, model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules at which deltas go when `module` at `path` is the target: that one, unless the method differs."""
         return [(path, module)]

@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from .adapter import NAME, Adapter, activate, adapters, registry, unwrapped
+from .adapter import HEADS, NAME, Adapter, activate, adapters, registry, unwrapped
 from .card import card, chain_card, class_name
 from .delta import Delta, base_modules, is_finite
 from .errors import GraftError
@@ -43,6 +43,7 @@ from .formats import FORMATS, Fingerprints, Format, Saved, file_names
 from .formats import load as load_formats
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe, method
+from .targets import resolve
 
 FORMAT = 1  # raised when the layout of the folder changes
 
@@ -121,6 +122,7 @@ def load(
     *,
     name: str | Mapping[str, str] | None = None,
     trainable: bool = False,
+    heads: Any = None,
     allow_other_base: bool = False,
     revision: str | None = None,
 ) -> Any:
@@ -128,6 +130,11 @@ def load(
 
     name              of the adapter on the model, or {saved name: name} of several; by default as they were saved
     trainable         go on training; frozen if left out
+    heads             modules to train whole, named as for `attach`, that begin with the model's own values, in place of
+                      the heads that were saved: for another task than the one that the adapter comes from. So begun,
+                      pre-trained on much data of a kindred task, adapters need fewer examples than from random values
+                      (PVP: Pre-trained Visual Parameter-Efficient Tuning. Song et al., 2023.
+                      https://arxiv.org/abs/2304.13639)
     allow_other_base  load onto weights it was not trained on, too; shapes must fit in any case
     revision          of a repository on the hub
 
@@ -144,13 +151,16 @@ def load(
     for part, chosen in zip(stored, names):
         try:
             saved = read(model, part, None if allow_other_base else prints)
+            if heads is not None:
+                saved = _without_heads(saved, [path for path, _ in resolve(model, heads, HEADS)] if heads else [])
             adapter = build(model, saved, chosen or saved.name)
-            adapter.load_state_dict(saved.tensors)
+            new = {} if heads is None else {k: t for k, t in adapter.state_dict().items() if k not in saved.tensors}
+            adapter.load_state_dict(saved.tensors | new)
         except GraftError as error:
             if not part.name:
                 raise
             raise GraftError(f"adapter {part.name!r} of {part.root}: {error}") from error
-        adapter.task = saved.task
+        adapter.task = saved.task if heads is None else {}
         if not trainable:
             adapter.requires_grad_(False)
         made[adapter.name] = adapter
@@ -296,7 +306,25 @@ def _contents(
         broken = next(key for key, value in state.items() if not is_finite([value]))
         raise GraftError(f"{broken} of adapter {adapter.name!r} holds NaN or infinity: nothing was saved")
     form, base = FORMATS[format], _base(adapter.model, base_model)
-    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(adapter, base)
+    stored = adapter if form is _Graft else _plain(adapter)
+    return {CARD: card(adapter, base, form, title).encode()} | form(prints).write(stored, base)
+
+
+def _plain(adapter: Adapter) -> Adapter:
+    """The adapter in the form which other libraries know: a copy, not on the model, where a delta has another one."""
+    absorbed = {path: found for path, delta in adapter.deltas.items() if (found := delta.absorbed()) is not None}
+    if not absorbed:
+        return adapter
+    saved, cls = content(adapter), adapter.recipe.method
+    own = {path: adapter.recipe.at(adapter.deltas[path].site) for path in saved.modules}
+    own |= {path: own[path] | hyper for path, (hyper, _) in absorbed.items()}
+    state = {k: t for k, t in saved.tensors.items() if k.rpartition(":")[0] not in absorbed}
+    state |= {f"{path}:{name}": t for path, (_, tensors) in absorbed.items() for name, t in tensors.items()}
+    names = {k: ByPath({path: hyper[k] for path, hyper in own.items()}) for k in adapter.recipe.hyper}
+    plain = build(adapter.model, replace(saved, recipe=Recipe(cls, names), tensors=state), adapter.name)
+    plain.load_state_dict(state)
+    plain.task = saved.task
+    return plain
 
 
 def _base(model: nn.Module, given: str | None) -> str | None:
@@ -502,6 +530,12 @@ def _names(name: str | Mapping[str, str] | None, stored: list[Part], taken: Iter
 def read(model: nn.Module, part: Part, prints: Fingerprints | None) -> Saved:
     """What a folder or file holds; without `prints` for any base."""
     return part.form()(prints).read(model, part.read())
+
+
+def _without_heads(saved: Saved, heads: list[str]) -> Saved:
+    """With other heads, for which there are no tensors."""
+    tensors = {k: t for k, t in saved.tensors.items() if k.rpartition(":")[0] not in {*saved.heads, *heads}}
+    return replace(saved, heads=heads, modules=[p for p in saved.modules if p not in heads], tensors=tensors)
 
 
 def _attach(model: nn.Module, made: Iterable[Adapter], running: list[str]) -> None:

@@ -35,6 +35,13 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Allowed values, where a range cannot say it: `reason` tells why a value is refused, or None."""
+
+    reason: Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
 class Hyper:
     """One hyperparameter: its name, default, accepted types, allowed values and meaning."""
 
@@ -42,6 +49,7 @@ class Hyper:
     default: Any
     kinds: tuple = ()  # types; a Literal's values; None
     ranges: tuple[Range, ...] = ()
+    rules: tuple[Rule, ...] = ()
     doc: str = ""
     annotation: Any = field(default=None, compare=False)
 
@@ -106,6 +114,7 @@ def keywords(function: Callable) -> dict[str, Hyper]:
             parameter.default,
             _kinds(annotation),
             tuple(e for e in extras if isinstance(e, Range)),
+            tuple(e for e in extras if isinstance(e, Rule)),
             " ".join(e for e in extras if isinstance(e, str)),
             annotation,
         )
@@ -122,3 +131,5 @@ def check(cls: type, name: str, value) -> None:
     hyper = hyperparameters(cls)[name]
     if not hyper.accepts(value):
         raise GraftError(f"{cls.name}: {name} must be {hyper.allowed()}, not {value!r}")
+    if reason := next((r for rule in hyper.rules if (r := rule.reason(value))), None):
+        raise GraftError(f"{cls.name}: {name}={value!r} is refused: {reason}")

@@ -1,8 +1,10 @@
 """Statistics for data- and gradient-driven methods, collected once for all sites and methods which ask for them."""
 
+import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,92 @@ from .errors import GraftError
 from .site import kind_of, site_for
 from .targets import resolve
 
-NEEDS = ("weight_grad", "input_gram", "width")
+
+class Gram:
+    """input_gram [in, in]: sum over tokens of x x^T."""
+
+    def __init__(self):
+        self.total: Any = 0
+
+    def add(self, x: Tensor) -> None:
+        self.total = self.total + x.T @ x
+
+    def value(self) -> Any:
+        return self.total
+
+
+class Covariance(Gram):
+    """input_covariance [in, in]: mean over batches of sum over tokens of x x^T, x in units of a batch's largest.
+
+    As CorDA's authors take it (`calib_cov_distribution` in iboing/CorDA).
+    """
+
+    count = 0
+
+    def add(self, x):
+        self.count += 1
+        super().add(x / x.max().abs().clamp(min=torch.finfo(x.dtype).tiny))
+
+    def value(self):
+        return self.total / self.count
+
+
+class Components(NamedTuple):
+    """Principal components of the inputs of a module."""
+
+    directions: Tensor  # [k, in], orthonormal
+    sizes: Tensor  # [k], singular values of the centred inputs
+    shares: Tensor  # [k], of their variance
+
+
+class Principal:
+    """input_components:K  the K largest principal components of the tokens, from an SVD that is brought up to date.
+
+    Of what was seen only mean, K singular values and their directions are kept, which are put above the tokens of the
+    next batch (Ross et al., 2008). Signs are such that the largest entry of a direction is positive.
+    """
+
+    def __init__(self, count: str):
+        self.kept, self.seen, self.spread = int(count), 0, 0.0
+        self.mean: Any = 0.0
+        self.directions = self.sizes = torch.empty(0)
+
+    def add(self, x: Tensor) -> None:
+        new, middle = len(x), x.mean(0)
+        apart = (self.mean - middle) * (self.seen * new / (self.seen + new)) ** 0.5
+        rows = x - middle
+        self.spread = self.spread + rows.square().sum(dtype=torch.float64)
+        if self.seen:
+            self.spread = self.spread + apart.square().sum(dtype=torch.float64)
+            rows = torch.cat([self.sizes[:, None] * self.directions, rows, apart[None]])
+        sizes, directions = _right(rows, self.kept)
+        signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+        self.sizes, self.directions = sizes, signs * directions
+        self.mean = (self.mean * self.seen + middle * new) / (self.seen + new)
+        self.seen += new
+
+    def value(self) -> Components:
+        return Components(self.directions, self.sizes, (self.sizes.square() / self.spread).float())
+
+
+def _right(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest singular values and their right vectors; by iterations where they are few of many."""
+    if min(rows.shape) <= 8 * count:
+        _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
+            torch.manual_seed(0)
+            _, sizes, directions = torch.svd_lowrank(rows, q=2 * count, niter=4)
+        directions = directions.T
+    return sizes[:count], directions[:count]
+
+
+INPUTS: dict[str, Callable[..., Any]] = {
+    "input_gram": Gram,
+    "input_covariance": Covariance,
+    "input_components": Principal,
+}
+NEEDS = ("weight_grad", "weight", "width", *INPUTS)
 
 
 def default_loss(model: nn.Module, batch) -> Tensor:
@@ -29,53 +116,65 @@ def collect(
     targets: Any = "all-linear",
     loss: Callable[[nn.Module, object], Tensor] = default_loss,
 ) -> dict[str, dict]:
-    """{path: {need: tensor}} over the batches in `data`, streaming: memory does not grow with their number.
+    """{path: {need: value}} over the batches in `data`, in one pass for all modules; memory does not grow with `data`.
 
-    weight_grad [out, in]   mean over batches of the gradient of the loss in the host's matrix
-    input_gram  [in, in]    sum over tokens of x x^T, float32
-    width       int         number of output features
+    weight_grad [out, in]       mean over batches of the gradient of the loss in the host's matrix
+    weight [out, in]            the host's matrix itself, of a model that is not the one to be adapted; without `data`
+    width                       number of output features
+    input_gram [in, in]         sum over tokens of x x^T
+    input_covariance [in, in]   mean over batches of the same, x in units of the largest value of a batch
+    input_components:K          `Components`, the K largest principal components of the tokens
+
+    Inputs are those of linear hosts, in float32 at least; padding, of which `attention_mask` of a batch tells, does not
+    count.
     """
     needs = tuple(needs)
-    if unknown := [n for n in needs if n not in NEEDS]:
+    if unknown := [n for n in needs if n.partition(":")[0] not in NEEDS]:
         raise GraftError(f"no statistic is called {unknown[0]!r}; there are {', '.join(NEEDS)}")
     hosts: dict[str, Any] = dict(resolve(model, targets, ("linear", "conv", "embedding", "norm", "module")))
+    of_inputs = [n for n in needs if n.partition(":")[0] in INPUTS]
+    sites = {path: site_for(path, module, (kind_of(module),)) for path, module in hosts.items()}
+    if of_inputs and (odd := next((s for s in sites.values() if s.kind != "linear"), None)):
+        raise GraftError(f"{of_inputs[0]} is defined for linear hosts; {odd.path} is a {odd.kind}")
     stats: dict[str, dict] = defaultdict(dict)
-    handles = []
+    streams = {path: {n: _stream(n) for n in of_inputs} for path in hosts}
+    handles, batch = [], None
 
     def watch(path: str):
         def hook(module, args, out):
             h = out[0] if isinstance(out, tuple) else out
             stats[path]["width"] = h.shape[-1]
-            if "input_gram" in needs:
-                x = args[0].detach().flatten(0, -2).float()
-                stats[path]["input_gram"] = stats[path].get("input_gram", 0) + x.T @ x
+            if streams[path]:
+                x = _tokens(args[0].detach(), batch)
+                for stream in streams[path].values() if len(x) else ():
+                    stream.add(x)
 
         return hook
 
     for path, host in hosts.items():
-        if "input_gram" in needs and kind_of(host) != "linear":
-            raise GraftError(f"input_gram is defined for linear hosts; {path} is a {kind_of(host)}")
         handles.append(host.register_forward_hook(watch(path)))
     weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if "weight_grad" in needs else {}
     flags: dict[Tensor, bool] = {w: w.requires_grad for w in weights.values()}
+    grads: dict[str, Tensor] = {}
     try:
         for w in flags:
             w.requires_grad_(True)
         count = 0
-        for batch in data:
+        for batch in data if {*needs} != {"weight"} else ():
             count += 1
             with torch.set_grad_enabled(bool(weights)):
                 value = loss(model, batch)
             if weights:
                 for path, g in zip(weights, torch.autograd.grad(value, list(weights.values()))):
-                    total = stats[path].get("weight_grad")
-                    stats[path]["weight_grad"] = g if total is None else total.add_(g)
-        if not count:
+                    grads[path] = grads[path].add_(g) if path in grads else g
+        if not count and {*needs} != {"weight"}:
             raise GraftError("no batch was given to collect statistics from")
-        for path, module in hosts.items():
-            if "weight_grad" in stats[path]:
-                site = site_for(path, module, (kind_of(module),))
-                stats[path]["weight_grad"] = _as_matrix(site, stats[path]["weight_grad"] / count)
+        for path, site in sites.items():
+            if path in grads:
+                stats[path]["weight_grad"] = _as_matrix(site, grads.pop(path) / count)
+            if "weight" in needs:
+                stats[path]["weight"] = site.weight.detach().clone()
+            stats[path].update({n: s.value() for n, s in streams[path].items()})
     finally:
         for w, flag in flags.items():
             w.requires_grad_(flag)
@@ -84,8 +183,22 @@ def collect(
     return dict(stats)
 
 
+def _stream(need: str) -> Any:
+    name, _, argument = need.partition(":")
+    return INPUTS[name](*([argument] if argument else []))
+
+
+def _tokens(x: Tensor, batch: Any) -> Tensor:
+    """The inputs [..., in] as [tokens, in], without padding."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    x = x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _as_matrix(site, grad: Tensor) -> Tensor:
     """A gradient in the host's layout as [out, in]."""
-    if site.weight.shape == grad.shape:
+    if site.kind == "norm":
         return grad
-    return grad.T if site.weight.shape == grad.T.shape else grad.reshape(site.weight.shape)
+    of_gradient = copy.copy(site)
+    of_gradient.module = SimpleNamespace(weight=grad)
+    return of_gradient.weight

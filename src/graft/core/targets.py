@@ -26,6 +26,8 @@ PRESETS = {
     "model": "the model itself",
 }
 
+_PRESET = re.compile(rf"(?P<name>{'|'.join(PRESETS)})(?:\[(?P<first>-?\d*):(?P<last>-?\d*)\])?")
+
 
 class TargetTypeError(GraftError, TypeError):
     """A target is of a kind on which the method cannot work."""
@@ -61,6 +63,7 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
         tokens      these, and the output head where its matrix is tied to theirs
         head        the matrices and norms of the output head, or its outermost modules for kind module alone
         model       the model itself
+    A part of a preset is written like a slice: "blocks[-3:]" are the last three blocks.
 
     A module reachable by several paths is returned once, under its first path; any of its paths may pick it. Modules
     of adapters are not seen. Matrices that cannot be adapted (several experts' in one 3-d parameter; weights which
@@ -78,13 +81,24 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
     ):
         raise TargetTypeError(f"targets are names, regular expressions, a list of them or a function, not {targets!r}")
     for pick in [targets] if isinstance(targets, str) or callable(targets) else targets:
-        if isinstance(pick, str) and pick in {*PRESETS, ""}:
-            chosen.update(_preset(tree, pick or "model", wanted))
+        if isinstance(pick, str) and (preset := _PRESET.fullmatch(pick or "model")):
+            first, last = (int(n) if n else None for n in (preset["first"], preset["last"]))
+            found = _preset(tree, preset["name"], wanted)[first:last]
+            if not found:
+                raise GraftError(
+                    f"{pick!r} is empty: {tree.title} has {len(_preset(tree, preset['name'], wanted))} there"
+                )
+            chosen.update(found)
         else:
             chosen.update(_matching(tree, pick, wanted))
     if not chosen:
         raise GraftError(f"no targets are given: name a preset ({', '.join(PRESETS)}) or modules of {tree.title}")
     return [(n.path, n.module) for n in tree.nodes if n in chosen]
+
+
+def is_preset(pick: Any) -> bool:
+    """Whether a target is a preset, or a part of one."""
+    return isinstance(pick, str) and _PRESET.fullmatch(pick) is not None
 
 
 def _preset(tree: Tree, preset: str, kinds: set[str]) -> list[Node]:

@@ -34,6 +34,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
             raise GraftError(
                 f"{name} is a number {'of at least' if name in _NOT_NEGATIVE else 'above'} 0, not {value!r}"
             )
+    if given["clip_by"] not in ("global", "component"):
+        raise GraftError(f"clip_by is 'global' or 'component', not {given['clip_by']!r}")
     if given["resume"] not in (True, False, "auto"):
         raise GraftError(f"resume is True, False or 'auto', not {given['resume']!r}")
     if isinstance(given["validation"], int):

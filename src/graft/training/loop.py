@@ -16,6 +16,7 @@ from torch import nn
 from ..core.errors import GraftError
 from . import checkpoints, optimizers, resumption
 from .batches import Plan
+from .clipping import clip_components
 from .data import held_out, read
 from .evaluation import choose, half, length, measure, processor_of
 from .guards import (
@@ -80,6 +81,7 @@ def fit(
     schedule: str = "linear",
     warmup: float = 0.06,
     clip: float | None = 1.0,
+    clip_by: str = "global",
     precision: str = "auto",
     checkpointing: bool = False,
     seed: int = 0,
@@ -119,6 +121,8 @@ def fit(
     schedule               of the learning rate after warmup: linear, cosine, wsd, constant
     warmup                 how long the learning rate rises: steps, or below 1 a share of the run
     clip                   largest norm of the gradient; None for no limit
+    clip_by                whose norm: global, that of all parameters together; component, that of each tensor alone, so
+                           that none holds back the others (https://arxiv.org/abs/2210.10325)
     precision              bf16: compute in bfloat16 (autocast) beside fp32 parameters; fp32; auto: bf16 where a GPU
                            has it or the base is stored in it. A base stored in fp32 is cast anew at every use: load it
                            in bfloat16 for the least memory
@@ -242,10 +246,12 @@ def fit(
                         accelerator.backward(loss * ranks + penalty)
                 if not seconds:
                     check_reached(trained)
-                norm: Any = accelerator.clip_grad_norm_(trainable, math.inf if clip is None else clip)
+                norm: Any = accelerator.clip_grad_norm_(trainable, clip if clip and clip_by == "global" else math.inf)
                 loss, norm = float(total_of(torch.stack(losses).sum())), float(norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise not_finite(loss, norm, step + 1, picked, losses, step // per_epoch + 1)
+                if clip and clip_by == "component":
+                    clip_components(trainable, clip)
                 for adapter in trained:
                     adapter.step((step + 1) / total)
                 for group in tuner.param_groups:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.factored import Factored, Start, unit
 from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
 
@@ -57,7 +58,7 @@ class _AdaPeft(Peft):
         return hyper
 
 
-class AdaLoRA(Delta, name="adalora"):
+class AdaLoRA(Factored, name="adalora"):
     """W' = W + s P diag(e * keep) Q with s = alpha / rank.
 
     P [out, rank] and Q [rank, in] are random (normal, deviation 0.02) and e [rank] zero, so that the adapted model
@@ -117,7 +118,7 @@ class AdaLoRA(Delta, name="adalora"):
                 "qalora_group_size",
             }
         ),
-        own=frozenset({"warmup", "cooldown"}),
+        own=frozenset({"warmup", "cooldown", "init"}),
         refuses=lambda config: "its lora_alpha is not above zero" if config.get("lora_alpha", 8) <= 0 else None,
         hosts=("Linear", "Conv1D", "Conv2d"),
     )
@@ -137,6 +138,7 @@ class AdaLoRA(Delta, name="adalora"):
         beta1: Annotated[float, "smoothing of the sensitivity", Range(above=0, below=1)] = 0.85,
         beta2: Annotated[float, "smoothing of the uncertainty", Range(above=0, below=1)] = 0.85,
         gamma: Annotated[float, "weight of the orthogonality penalty", Range(0)] = 0.1,
+        init: Start = "random",
     ):
         super().__init__(site)
         if target_rank > rank:
@@ -152,17 +154,27 @@ class AdaLoRA(Delta, name="adalora"):
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(getattr(self, name)))
         self.scaling, self.dropout, self.target_rank = alpha / rank, dropout, target_rank
         self.warmup, self.cooldown, self.beta1, self.beta2, self.gamma = warmup, cooldown, beta1, beta2, gamma
+        self.begin(init, rank)
+
+    @classmethod
+    def plan(cls, sites, hypers):
+        return hypers  # it shares the ranks out itself
 
     def values(self):
         """s e * keep [rank]; the gradient reaches all of e."""
         return self.scaling * (self.e + (self.keep - 1) * self.e.detach())
 
-    def factors(self):
+    def product(self):
         return self.Q, self.P * self.values()
 
+    def take(self, A, B):
+        (Q, right), (P, left) = unit(A), unit(B.T)
+        self.Q.copy_(torch.where(right[:, None] > 0, Q, self.Q))  # where nothing is given, its own random start stays
+        self.P.copy_(torch.where(left > 0, P.T, self.P))
+        self.e.copy_(left * right)
+
     def prepare(self, inner):
-        # Folded, the values would keep one more [out, rank] for backward.
-        return (self.Q, self.P, self.values()) if torch.is_grad_enabled() else self.factors()
+        return (self.Q, self.P, self.values()) if self.scales_later else self.factors()
 
     def act(self, inner, x, A, B, values=None):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -170,7 +182,7 @@ class AdaLoRA(Delta, name="adalora"):
         return self.site.add_up(inner(x), h if values is None else self.site.scale(h, values), B)
 
     def weight(self, w):
-        return w + (self.P * self.values()) @ self.Q
+        return self.rest(w) + (self.P * self.values()) @ self.Q
 
     def smooth(self) -> None:
         """Follow sensitivity and uncertainty of every entry."""

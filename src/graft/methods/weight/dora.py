@@ -3,12 +3,11 @@
 from dataclasses import replace
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.factored import Initialised, Start
 from ...core.formats import OWN
 from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.peft import As
@@ -51,16 +50,13 @@ class _DoraHub(LoraHub):
 _M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
 
 
-class DoRA(Delta, name="dora"):
+class DoRA(Initialised, name="dora"):
     """W' = diag(m / ||V||) V with V = W + s B A and ||V|| [out] the norms of its rows (equation 5).
 
     m [out] is trained from the norms of W, beside LoRA's A [rank, in] and B [out, rank], so that the adapted model
-    starts as the base. The norms are constants for the gradient (section 4.3). They come in closed form,
-
-        ||w + b A||^2 = ||w||^2 + 2 <w A^T, b> + b (A A^T) b^T    for each row w of W and b of s B,
-
-    without s B A [out, in]; activations are rescaled, y = (W x + s B (A x)) m / ||V|| + bias. Dropout falls on the
-    input of the low-rank update only.
+    starts as the base. The norms are constants for the gradient (section 4.3) and come in closed form, without
+    s B A [out, in]; activations are rescaled, y = (W x + s B (A x)) m / ||V|| + bias. Dropout falls on the input of the
+    low-rank update only.
     """
 
     papers = (
@@ -81,7 +77,7 @@ class DoRA(Delta, name="dora"):
         config={"r": "rank", "dropout": "dropout"},
         fixed=LoRA.adapter_hub.fixed | {"use_dora": True},
         neutral=frozenset({"alpha"}),
-        own=frozenset({"alpha", "rslora"}),
+        own=LoRA.adapter_hub.own,
     )
     lycoris = replace(
         LoRA.lycoris,
@@ -98,22 +94,22 @@ class DoRA(Delta, name="dora"):
         alpha: Annotated[float, "numerator of the scaling s"] = 16.0,
         dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
         rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
+        init: Start = "random",
     ):
         super().__init__(site)
-        self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
-        self.m = nn.Parameter(self.norm(site.weight_now))
+        self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, init=init)
+        self.m = nn.Parameter(self.low.row_norms(site.weight_now))
 
-    @torch.no_grad()
-    def norm(self, w):
-        """Row norms of V [out] for w [out, in]."""
-        wide = torch.promote_types(w.dtype, torch.float32)
-        a, b = self.low.A.to(wide), self.low.scaling * self.low.B.to(wide)
-        cross = 2 * F.linear(w, self.low.A.to(w.dtype)) + b @ (a @ a.T)
-        square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
-        return (square + (cross * b).sum(1)).clamp(min=torch.finfo(wide).tiny).sqrt()
+    def absorbed(self):
+        if (plain := self.low.absorbed()) is None:
+            return None
+        hyper, tensors = plain
+        return hyper, {f"low.{name}": t for name, t in tensors.items()} | {"m": self.m}
 
     def prepare(self, inner):
-        gain = self.m / self.norm(inner.weight) - 1  # as a difference: exact at the start, in half precision too
+        gain = (
+            self.m / self.low.row_norms(inner.weight) - 1
+        )  # as a difference: exact at the start, in half precision too
         A, B, _ = self.low.prepare(inner)
         return A, B, gain, inner.bias
 
@@ -121,4 +117,4 @@ class DoRA(Delta, name="dora"):
         return self.site.rescale(self.low.act(inner, x, A, B), gain, bias)
 
     def weight(self, w):
-        return (self.m / self.norm(w))[:, None] * self.low.weight(w)
+        return (self.m / self.low.row_norms(w))[:, None] * self.low.weight(w)

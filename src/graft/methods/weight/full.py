@@ -1,15 +1,17 @@
 """Full fine-tuning of chosen modules, as a delta: the base stays as it is beside it."""
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...core.delta import Delta, bare_copy
+from ...core.delta import Delta, Paper, bare_copy
 from ...core.formats import As
 from ...core.formats.lycoris import Lycoris
-from ...core.site import QuantisedSite
+from ...core.hyper import Range
+from ...core.site import QuantisedSite, kind_of, site_for
 
 
 def _change(name: str) -> tuple:
@@ -36,7 +38,15 @@ class Full(Delta, name="full"):
     Where the host owns a matrix W [out, in], this is W' = V with V trained from W. The base's own tensors keep
     their values, so that several adapters can each have a head of their own. Deltas further inside (of adapters
     attached before, or on modules inside the host) rest while it runs; deltas outside act on its result.
+
+    With `anew` the copy forgets the base's values: matrices become normal with that deviation, biases 0, norms 1. Few
+    examples are learnt stably if the top blocks of an encoder, one to six of them, begin so, with more steps than usual
+    and an AdamW that corrects its bias, as torch's does (Zhang et al.): targets=["blocks[-3:]", "pooler"].
     """
+
+    papers = (
+        Paper("Revisiting Few-sample BERT Fine-tuning", "Zhang et al.", 2020, "https://arxiv.org/abs/2006.05987"),
+    )
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
     targets = "head"
@@ -46,11 +56,22 @@ class Full(Delta, name="full"):
 
     copy: Any
 
-    def __init__(self, site):
+    def __init__(
+        self,
+        site,
+        *,
+        anew: Annotated[
+            float | None,
+            "deviation of new random matrices to begin with, 0.02 for BERT; None: the base's",
+            Range(above=0),
+        ] = None,
+    ):
         super().__init__(site)
         self.copy = bare_copy(site.module).requires_grad_(True)
         if site.head and site.saved:
             _take_size(self.copy, site.saved)
+        if anew is not None and site.saved is None:
+            _forget(self.copy, anew)
 
     @classmethod
     def refuses(cls, site):
@@ -77,6 +98,16 @@ class Full(Delta, name="full"):
         own = copy.copy(self.site)
         own.module = self.copy
         return own
+
+
+@torch.no_grad()
+def _forget(module: nn.Module, deviation: float) -> None:
+    """As `initialise` in the authors' run_glue.py (asappresearch/revisit-bert-finetuning)."""
+    for m in module.modules():
+        gain = 1.0 - site_for("", m, ("norm",)).offset if kind_of(m) == "norm" else 0.0  # type: ignore[attr-defined]
+        for name, p in m._parameters.items():
+            if p is not None:
+                p.normal_(0.0, deviation) if p.dim() > 1 else p.fill_(gain if name == "weight" else 0.0)
 
 
 def _take_size(head: nn.Module, saved: dict[str, Tensor]) -> None:

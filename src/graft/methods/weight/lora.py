@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
+from ...core.factored import RANDOM, Factored, Start
 from ...core.formats import OWN
 from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.lycoris import LowRank, kernel, matrix, point, tucker
@@ -45,7 +46,7 @@ class _LoraHub(LoraHub):
         return {"alpha": float(config["alpha"])}
 
 
-class LoRA(Delta, name="lora"):
+class LoRA(Factored, name="lora"):
     """W' = W + s B A, computed as y + s (x A^T) B^T, with s = alpha / rank, or alpha / sqrt(rank) if `rslora`.
 
     A [rank, in] is random (Kaiming uniform) and B [out, rank] zero, so that the adapted model starts as the base.
@@ -87,6 +88,7 @@ class LoRA(Delta, name="lora"):
         neutral=frozenset(
             {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"}
         ),
+        own=frozenset({"init"}),
         refuses=_changes_base,
     )
     adapter_hub = _LoraHub(
@@ -96,7 +98,7 @@ class LoRA(Delta, name="lora"):
         fixed={"architecture": "lora", "composition_mode": "add", "use_dora": False, "use_gating": False}
         | {"vera_d": None, "vera_b": None},
         neutral=frozenset({"alpha"}),
-        own=frozenset({"alpha", "rslora"}),
+        own=frozenset({"alpha", "rslora", "init"}),
     )
     lycoris = LoCon(
         {"A": As("lora_down.weight", kernel, matrix), "B": As("lora_up.weight", point, matrix)},
@@ -113,6 +115,7 @@ class LoRA(Delta, name="lora"):
         dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
         rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
         bias: Annotated[bool, "train a bias beside the matrices"] = False,
+        init: Start = "random",
     ):
         super().__init__(site)
         if bias and site.kind == "embedding":
@@ -123,24 +126,35 @@ class LoRA(Delta, name="lora"):
         self.c = nn.Parameter(torch.zeros(site.d_out)) if bias else None
         self.by_factors = not bias
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
+        self.begin(init, rank)
 
-    def factors(self):
+    def product(self):
         return self.A, self.scaling * self.B
 
+    def take(self, A, B):
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    def absorbed(self):
+        if self.A0 is None:
+            return None
+        A, B = self.factors()
+        tensors = {"A": A, "B": B / self.scaling} | ({} if self.c is None else {"c": self.c})
+        return {"rank": len(A), "alpha": self.scaling * len(A), "rslora": False, "init": RANDOM}, tensors
+
     def prepare(self, inner):
-        # With gradients, s times B would keep one more [out, rank] for backward: h is scaled instead.
-        B = self.B if torch.is_grad_enabled() else self.scaling * self.B
-        return self.A, B, None if self.c is None else self.scaling * self.c
+        A, B = (self.A, self.B) if self.scales_later else self.factors()
+        return A, B, None if self.c is None else self.scaling * self.c
 
     def act(self, inner, x, A, B, c=None):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
         h = self.site.down(z, A)
-        y = self.site.add_up(inner(x), self.scaling * h if torch.is_grad_enabled() else h, B)
+        y = self.site.add_up(inner(x), self.scaling * h if self.scales_later else h, B)
         return y if c is None else self.site.shift(y, c)
 
     def weight(self, w):
         wide = torch.promote_types(w.dtype, self.B.dtype)
-        return torch.addmm(w.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scaling)
+        return torch.addmm(self.rest(w).to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scaling)
 
     def bias(self, b):
         if self.c is None:

@@ -1,6 +1,11 @@
-"""Optimizers by name: everything in `torch.optim`, and in the package `pytorch-optimizer` where it is installed."""
+"""Optimizers by name: those of `torch.optim`, of the files in this folder, and of `pytorch-optimizer` where installed.
 
+A file here is an optimizer (a class derived from `torch.optim.Optimizer`), found without being listed anywhere.
+"""
+
+import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,15 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import GraftError
-from . import checkpoints
-from .messages import nearest
+from ...core.errors import GraftError
+from .. import checkpoints
+from ..messages import nearest
 
 Factory = Callable[..., torch.optim.Optimizer]
 
 
 def _native() -> dict[str, Factory]:
-    classes = {k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type)}
+    own = (importlib.import_module(m.name) for m in pkgutil.iter_modules(__path__, f"{__name__}."))
+    classes = {k.lower(): v for module in (*own, torch.optim) for k, v in vars(module).items() if isinstance(v, type)}
     return {k: v for k, v in classes.items() if issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer}
 
 
@@ -29,7 +35,7 @@ def _extra() -> dict[str, Factory]:
 
 
 def find(name: str) -> Factory:
-    """The optimizer class called `name`, in any case; `torch.optim` first."""
+    """The optimizer class called `name`, in any case; `torch.optim` and our own first."""
     native = _native()
     if name.lower() in native:
         return native[name.lower()]
