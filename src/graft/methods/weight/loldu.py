@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ...core.delta import Paper
 from ...core.hyper import Range
-from .factored import Factored
+from .low_rank import LowRank
 
 
-class LoLDU(Factored, name="loldu"):
+class LoLDU(LowRank, name="loldu"):
     """W' = W + L (s diag(z) - s_0 diag(d)) U: only the diagonal z [rank] and the scale s are trained.
 
     They are frozen parts of W = P L D U: L [out, rank] are the first columns of P L (unit lower triangular, its rows

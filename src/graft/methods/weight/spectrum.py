@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .factored import Factored
+from .low_rank import LowRank
 
 
-class Spectral(Factored):
+class Spectral(LowRank):
     """Keeps frozen U [out, k], s [k] and V [k, in] of W ≈ U diag(s) V: `count` singular triplets of the host's matrix,
     the largest but `first` of them, or all. They are computed from W and not saved.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...core.delta import Delta
 
 
-class Factored(Delta):
+class LowRank(Delta):
     """W' = W + B A, computed as y + B (A x), with the A [k, in] and B [out, k] which `factors` gives."""
 
     passes_x = True
