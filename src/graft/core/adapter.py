@@ -485,6 +485,11 @@ class Adapter:
         """All parameters, trained or frozen, each once."""
         return list({id(p): p for m in self.modules().values() for p in m.parameters()}.values())
 
+    def ups(self) -> list[nn.Parameter]:
+        """The trained factors that lead to outputs (B of B A), which LoRA+ trains faster than the others."""
+        inside = dict.fromkeys(m for own in self.modules().values() for m in own.modules())
+        return [p for m in inside for name in getattr(m, "ups", ()) if (p := m._parameters.get(name)) is not None]
+
     def requires_grad_(self, flag: bool = True) -> "Adapter":
         """Train (True) or freeze (False) this adapter."""
         for p in self.parameters():

@@ -66,6 +66,7 @@ class LoRA(Delta, name="lora"):
     by_factors = True
     small = dict(rank=2)
     passes_x = True
+    ups = ("B", "c")
     peft = Peft(
         "LORA",
         {
