@@ -50,15 +50,15 @@ def test_one_step_of_the_loop_moves_b_so_much_faster():
                 d.B.fill_(0.1)
         before = [p.detach().clone() for p in adapter.parameters()]
         graft.fit(
-            model, [{"text": "the film was very good"}] * 4, processor=models.tokenizer(), objective="causal-lm", steps=1,
-            learning_rate=0.01, loraplus_lr_ratio=ratio, schedule="constant", warmup=0.0, clip=None, optimizer="sgd",
-            progress=False,
+            model, [{"text": "the film was very good"}] * 4, processor=models.tokenizer(), objective="causal-lm",
+            steps=1, learning_rate=1.0, loraplus_lr_ratio=ratio, schedule="constant", warmup=0.0, clip=None,
+            optimizer="sgd", progress=False,
         )  # fmt: skip
         ups = {id(p) for p in adapter.ups()}
         moved[ratio] = [(id(p) in ups, p.detach() - b) for p, b in zip(adapter.parameters(), before)]
     for (up, plain), (_, fast) in zip(moved[None], moved[8.0]):
-        torch.testing.assert_close(fast, (8 if up else 1) * plain, rtol=1e-3, atol=1e-8)
-        assert plain.any()
+        torch.testing.assert_close(fast, (8 if up else 1) * plain, rtol=1e-3, atol=2e-7)  # rounding of p
+        assert plain.abs().max() > 1e-5
 
 
 def test_a_method_without_factors_is_refused():

@@ -527,9 +527,15 @@ class Adapter:
             for key, value in state.items():
                 own[key].copy_(value)
 
-    def step(self, progress: float) -> None:
-        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1]."""
-        self.recipe.method.step(self._own(), progress)
+    def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Follow the method's schedule: after backward, before the step of `optimizer`; progress in [0, 1].
+
+        Some methods begin anew with some parameters; what the optimizer knows of these is forgotten, if it is given.
+        """
+        for p in self.recipe.method.step(self._own(), progress) or ():
+            p.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(p, None)
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, if the method has one."""

@@ -188,10 +188,11 @@ class Delta(nn.Module, metaclass=_MethodType):
         """Build the module which the deltas of all `sites` use together, if the method has one."""
 
     @classmethod
-    def step(cls, deltas: list, progress: float) -> None:
+    def step(cls, deltas: list, progress: float) -> list[nn.Parameter] | None:
         """Follow a schedule (rank, mask, temperature): after backward, before the optimiser's step.
 
-        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid.
+        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. Parameters
+        that are returned begin anew: their gradient of this step and what the optimiser knows of them are dropped.
         """
 
     @classmethod
