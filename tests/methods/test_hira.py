@@ -68,5 +68,5 @@ class Nothing:
 
 
 def test_dropout_at_an_embedding_is_refused():
-    with pytest.raises(graft.GraftError, match="hira: dropout must be 0 at 0, not 0.5"):
+    with pytest.raises(graft.GraftError, match=r"hira: dropout must be 0 at 0, not 0\.5"):
         graft.attach(nn.Sequential(nn.Embedding(5, 4)), graft.HiRA(dropout=0.5), "0")

@@ -46,7 +46,7 @@ def test_the_input_is_not_kept_for_backward(dropout):
 
 
 def test_the_gradient_is_a_multiple_of_the_best_one():
-    """Of all steps G of B, the one whose change of W is nearest to the gradient of W: least squares, and PEFT's formula."""
+    """Of the steps of B, that whose change of W is nearest to the gradient of W: least squares, and PEFT's formula."""
     model, adapter = adapted(graft.LoRAFA(rank=3, alpha=5.0))
     delta = adapter.deltas["0"]
     w = model[0].weight.detach().clone().requires_grad_()

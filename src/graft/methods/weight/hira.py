@@ -25,10 +25,10 @@ class HiRA(Delta, name="hira"):
 
     A [rank, in] is random (Kaiming uniform) and B [out, rank] zero, so that the adapted model starts as the base; there
     is no scaling. The change has no thin factors: W ∘ (B A) is formed, and formed again for backward, where with
-    G = dL/dW' ∘ W the gradients are dL/dB = G A^T and dL/dA = B^T G. Beside a half-precision base the change has a product
-    of its own, for W + W ∘ (B A) would round it away. Dropout falls on the input of the update only.
+    G = dL/dW' ∘ W the gradients are dL/dB = G A^T and dL/dA = B^T G. Beside a half-precision base the change has a
+    product of its own, for W + W ∘ (B A) would round it away. Dropout falls on the input of the update only.
 
-    A peer of it, PEFT's HiRA, is where the initialisation and the default rank come from.
+    Start and default rank are those of PEFT's HiRA.
     """
 
     papers = (

@@ -19,7 +19,7 @@ class LoRAFA(LoRA, name="lora_fa"):
     dL/dB (A A^T)^-1 / s^2 (Zhang et al., and PEFT's `LoraFAOptimizer`): as A A^T = I it differs from dL/dB by a
     constant, which Adam does not see.
 
-    A is not saved but drawn again from the adapter's seed, in float64, so that its last bits do not depend on the machine.
+    A is not saved but drawn again from the adapter's seed, in float64: its last bits hardly depend on the machine.
     """
 
     papers = (

@@ -11,14 +11,14 @@ from .lora import LoRA
 class RoSA(Delta, name="rosa"):
     """W' = W + s B A + S: a LoRA, `low`, with A [rank, in] and B [out, rank], and a sparse S [out, in], `sparse`.
 
-    Only `density` of the entries of S are trained, from zero, at positions that are chosen once: by default those of the
-    largest gradients |dL/dW| over the batches given to graft.collect (with one batch, as in the authors' experiments,
-    their mean of squared gradients chooses the same). W + S is formed at their positions and formed again for backward,
-    the low-rank part acts on activations; a step keeps no dense gradient of S.
+    Only `density` of the entries of S are trained, from zero, at positions that are chosen once: by default those of
+    the largest gradients |dL/dW| over the batches given to graft.collect (with one batch, as in the authors'
+    experiments, their mean of squared gradients chooses the same). W + S is formed at their positions and formed again
+    for backward, the low-rank part acts on activations.
 
-    The authors take the gradients after 64 steps of LoRA and begin anew with the positions (github.com/IST-DASLab/peft-rosa):
-    train a LoRA, `stats = graft.collect(...)` while it is on the model, detach it, and attach RoSA with stats. Their
-    densities are 0.0045 to 0.018 beside ranks of 16 to 64; alpha is 16.
+    The authors (github.com/IST-DASLab/peft-rosa) take the gradients after 64 steps of LoRA, and then begin anew with
+    the positions: train a LoRA, `stats = graft.collect(...)` while it is on the model, detach it, attach RoSA with stats.
+    Their densities are 0.0045 to 0.018 in bfloat16; alpha is 16.
     """
 
     papers = (
