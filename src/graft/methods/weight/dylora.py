@@ -96,6 +96,10 @@ class DyLoRA(Delta, name="dylora"):
 
     @classmethod
     def step(cls, deltas, progress):
+        if progress >= 1:
+            for d in deltas:
+                d.drawn.copy_(d.used)  # beside others in training it is no longer trained
+            return
         generator = torch.Generator().manual_seed(round(progress * 2**40))
         share = torch.rand((), generator=generator, dtype=torch.float64).item()
         for d in deltas:

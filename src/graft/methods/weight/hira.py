@@ -36,7 +36,7 @@ class HiRA(Delta, name="hira"):
             "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models",
             "Huang et al.",
             2025,
-            "https://openreview.net/forum?id=TwJrTz9cRS",
+            "https://proceedings.iclr.cc/paper_files/paper/2025/hash/48c368f105e8145b945227b73255635a-Abstract-Conference.html",
         ),
     )
     small = dict(rank=2)

@@ -16,8 +16,8 @@ class RoSA(Delta, name="rosa"):
     experiments, their mean of squared gradients chooses the same). W + S is formed at their positions and formed again
     for backward, the low-rank part acts on activations.
 
-    The authors (github.com/IST-DASLab/peft-rosa) take the gradients after 64 steps of LoRA, and then begin anew with
-    the positions: train a LoRA, `stats = graft.collect(...)` while it is on the model, detach it, attach RoSA with stats.
+    The authors (github.com/IST-DASLab/peft-rosa) take the gradients after 64 steps of LoRA and then begin anew with the
+    positions: train a LoRA, `stats = graft.collect(...)` while it is on the model, detach it, attach RoSA with stats.
     Their densities are 0.0045 to 0.018 in bfloat16; alpha is 16.
     """
 
