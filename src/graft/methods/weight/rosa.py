@@ -30,7 +30,7 @@ class RoSA(Delta, name="rosa"):
         ),
     )
     needs = SHiRA.needs
-    small = dict(rank=2, density=0.2)
+    small = dict(rank=2, density=0.2, mask="random")
 
     @classmethod
     def asks(cls, hyper):
