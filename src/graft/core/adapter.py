@@ -485,6 +485,11 @@ class Adapter:
         """All parameters, trained or frozen, each once."""
         return list({id(p): p for m in self.modules().values() for p in m.parameters()}.values())
 
+    def ups(self) -> list[nn.Parameter]:
+        """The trained factors that lead to outputs (B of B A), which LoRA+ trains faster than the others."""
+        inside = dict.fromkeys(m for own in self.modules().values() for m in own.modules())
+        return [p for m in inside for name in getattr(m, "ups", ()) if (p := m._parameters.get(name)) is not None]
+
     def requires_grad_(self, flag: bool = True) -> "Adapter":
         """Train (True) or freeze (False) this adapter."""
         for p in self.parameters():
@@ -522,9 +527,15 @@ class Adapter:
             for key, value in state.items():
                 own[key].copy_(value)
 
-    def step(self, progress: float) -> None:
-        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1]."""
-        self.recipe.method.step(self._own(), progress)
+    def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Follow the method's schedule: after backward, before the step of `optimizer`; progress in [0, 1].
+
+        Some methods begin anew with some parameters; what the optimizer knows of these is forgotten, if it is given.
+        """
+        for p in self.recipe.method.step(self._own(), progress) or ():
+            p.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(p, None)
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, if the method has one."""

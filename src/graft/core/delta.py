@@ -72,6 +72,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     by_factors = False  # whether rows of a batch are served by `factors`, which cost no more than `act`
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
+    ups: tuple[str, ...] = ()  # of its own tensors those that LoRA+ trains faster: the factors that lead to the output
     neutral: dict[str, float] = {}  # tensors in which W' and b' are linear together, at the values of W' = W, b' = b
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
     _kept: Kept | None = None
@@ -195,10 +196,11 @@ class Delta(nn.Module, metaclass=_MethodType):
         """Build the module which the deltas of all `sites` use together, if the method has one."""
 
     @classmethod
-    def step(cls, deltas: list, progress: float) -> None:
+    def step(cls, deltas: list, progress: float) -> list[nn.Parameter] | None:
         """Follow a schedule (rank, mask, temperature): after backward, before the optimiser's step.
 
-        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid.
+        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. Parameters
+        that are returned begin anew: their gradient of this step and what the optimiser knows of them are dropped.
         """
 
     @classmethod

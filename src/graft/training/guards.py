@@ -16,7 +16,7 @@ from .text import IGNORED
 
 _WHOLE = ("batch_size", "gradient_accumulation", "steps", "eval_every", "save_every", "patience", "seed", "max_length")
 _LEAST = {"seed": 0, "max_length": 2}  # otherwise 1
-_POSITIVE = ("learning_rate", "head_learning_rate", "epochs", "clip")
+_POSITIVE = ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "epochs", "clip")
 _NOT_NEGATIVE = ("weight_decay", "warmup")
 
 

@@ -75,6 +75,7 @@ def fit(
     gradient_accumulation: int = 1,
     learning_rate: float = 2e-4,
     head_learning_rate: float | None = None,
+    loraplus_lr_ratio: float | None = None,
     optimizer: Any = "adamw",
     optimizer_options: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
@@ -116,6 +117,7 @@ def fit(
     batch_size             examples on one device at a time; gradient_accumulation: batches in one step.
                            The loss is the mean over all terms (tokens, examples) of a step, however they are divided
     learning_rate          its peak; head_learning_rate: the peak for the adapters' `heads`
+    loraplus_lr_ratio      LoRA+: how many times faster B of an update B A learns than A, 16 for example
     optimizer              a name in torch.optim or pytorch-optimizer, or a class; optimizer_options: its keywords
     weight_decay           of matrices only
     schedule               of the learning rate after warmup: linear, cosine, wsd, constant
@@ -188,7 +190,8 @@ def fit(
     heads = [p for a in trained for path, _ in a.heads for p in a.deltas[path].parameters()]
     tuner: Any = optimizers.build(
         optimizer, trainable, learning_rate=learning_rate, weight_decay=weight_decay,
-        heads=heads, head_learning_rate=head_learning_rate, options=optimizer_options,
+        heads=heads, head_learning_rate=head_learning_rate, ups=[p for a in trained for p in a.ups()],
+        loraplus_lr_ratio=loraplus_lr_ratio, options=optimizer_options,
     )  # fmt: skip
 
     def total_of(value: Any) -> Any:
@@ -253,7 +256,7 @@ def fit(
                 if clip and clip_by == "component":
                     clip_components(trainable, clip)
                 for adapter in trained:
-                    adapter.step((step + 1) / total)
+                    adapter.step((step + 1) / total, tuner.optimizer)
                 for group in tuner.param_groups:
                     group["lr"] = group["peak"] * factor((step + 0.5) / total, warm)
                 tuner.step()

@@ -3,14 +3,13 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ...core.delta import Paper
 from ...core.errors import GraftError
-from ...core.factored import Factored, Start, unit
+from ...core.factored import Start
 from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
+from .triplets import Triplets
 
 _STEPS = 10**6  # as which PEFT gets the length of training: here phases are shares of it
 
@@ -58,7 +57,7 @@ class _AdaPeft(Peft):
         return hyper
 
 
-class AdaLoRA(Factored, name="adalora"):
+class AdaLoRA(Triplets, name="adalora"):
     """W' = W + s P diag(e * keep) Q with s = alpha / rank.
 
     P [out, rank] and Q [rank, in] are random (normal, deviation 0.02) and e [rank] zero, so that the adapted model
@@ -86,8 +85,6 @@ class AdaLoRA(Factored, name="adalora"):
             "https://arxiv.org/abs/2303.10512",
         ),
     )
-    passes_x = True
-    by_factors = True
     small = dict(rank=3, target_rank=2)
     peft = _AdaPeft(
         "ADALORA",
@@ -123,8 +120,6 @@ class AdaLoRA(Factored, name="adalora"):
         hosts=("Linear", "Conv1D", "Conv2d"),
     )
 
-    keep: torch.Tensor
-
     def __init__(
         self,
         site,
@@ -140,51 +135,15 @@ class AdaLoRA(Factored, name="adalora"):
         gamma: Annotated[float, "weight of the orthogonality penalty", Range(0)] = 0.1,
         init: Start = "random",
     ):
-        super().__init__(site)
-        if target_rank > rank:
-            raise GraftError(f"adalora: target_rank must be at most rank = {rank}, not {target_rank}")
-        if warmup + cooldown >= 1:
-            raise GraftError(f"adalora: warmup + cooldown must be below 1, not {warmup + cooldown:g}")
-        self.P = nn.Parameter(0.02 * torch.randn(site.d_out, rank))
-        self.Q = nn.Parameter(0.02 * torch.randn(rank, site.d_in))
-        self.e = nn.Parameter(torch.zeros(rank))
-        self.register_buffer("keep", torch.ones(rank))
+        P, Q = 0.02 * torch.randn(site.d_out, rank), 0.02 * torch.randn(rank, site.d_in)
+        super().__init__(site, P, Q, target_rank, alpha, dropout, warmup, cooldown)
         for name in ("P", "Q", "e"):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(getattr(self, name)))
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(getattr(self, name)))
-        self.scaling, self.dropout, self.target_rank = alpha / rank, dropout, target_rank
-        self.warmup, self.cooldown, self.beta1, self.beta2, self.gamma = warmup, cooldown, beta1, beta2, gamma
+        self.beta1, self.beta2, self.gamma = beta1, beta2, gamma
         self.begin(init, rank)
 
-    @classmethod
-    def plan(cls, sites, hypers):
-        return hypers  # it shares the ranks out itself
-
-    def values(self):
-        """s e * keep [rank]; the gradient reaches all of e."""
-        return self.scaling * (self.e + (self.keep - 1) * self.e.detach())
-
-    def product(self):
-        return self.Q, self.P * self.values()
-
-    def take(self, A, B):
-        (Q, right), (P, left) = unit(A), unit(B.T)
-        self.Q.copy_(torch.where(right[:, None] > 0, Q, self.Q))  # where nothing is given, its own random start stays
-        self.P.copy_(torch.where(left > 0, P.T, self.P))
-        self.e.copy_(left * right)
-
-    def prepare(self, inner):
-        return (self.Q, self.P, self.values()) if self.scales_later else self.factors()
-
-    def act(self, inner, x, A, B, values=None):
-        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = self.site.down(z, A)
-        return self.site.add_up(inner(x), h if values is None else self.site.scale(h, values), B)
-
-    def weight(self, w):
-        return self.rest(w) + (self.P * self.values()) @ self.Q
-
-    def smooth(self) -> None:
+    def observe(self):
         """Follow sensitivity and uncertainty of every entry."""
         for name in ("P", "Q", "e"):
             p, j, u = (self.get_parameter(name), *self.averages(name))
@@ -196,30 +155,12 @@ class AdaLoRA(Factored, name="adalora"):
         return self.get_buffer(f"sensitivity_{name}"), self.get_buffer(f"uncertainty_{name}")
 
     def importance(self):
-        """Of each triplet, [rank]."""
         P, Q, e = (j * u for j, u in map(self.averages, ("P", "Q", "e")))
         return e + P.mean(0) + Q.mean(1)
 
-    @classmethod
-    def budget(cls, deltas, progress: float) -> int:
-        """The number of triplets kept over all sites."""
-        one = deltas[0]
-        start, end = sum(len(d.e) for d in deltas), sum(d.target_rank for d in deltas)
-        left = 1 - (progress - one.warmup) / (1 - one.warmup - one.cooldown)
-        return int(end + (start - end) * min(max(left, 0.0), 1.0) ** 3 + 1e-6)  # the cube of a fraction rounds
-
-    @classmethod
-    @torch.no_grad()
-    def step(cls, deltas, progress):
-        if progress < 1 - deltas[0].cooldown:
-            for d in deltas:
-                d.smooth()
-        scores = torch.cat([d.importance() for d in deltas])
-        keep = torch.zeros_like(scores)
-        keep[scores.topk(cls.budget(deltas, progress)).indices] = 1
-        for d, kept in zip(deltas, keep.split([len(d.e) for d in deltas])):
-            d.keep.copy_(kept)
-            d.e.mul_(kept)
+    @staticmethod
+    def left(phase):
+        return (1 - phase) ** 3
 
     @classmethod
     def penalty(cls, deltas):

@@ -67,6 +67,7 @@ class LoRA(Factored, name="lora"):
     by_factors = True
     small = dict(rank=2)
     passes_x = True
+    ups = ("B", "c")
     peft = Peft(
         "LORA",
         {

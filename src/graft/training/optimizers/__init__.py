@@ -54,22 +54,32 @@ def build(
     weight_decay: float = 0.0,
     heads: list[nn.Parameter] | None = None,
     head_learning_rate: float | None = None,
+    ups: list[nn.Parameter] | None = None,
+    loraplus_lr_ratio: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over `parameters`.
 
     Weight decay acts on matrices only: scales, magnitudes and biases ([n] or scalars) have no reason to shrink to 0.
     `heads`, those of `parameters` that belong to a new head, learn with `head_learning_rate` where it is given.
+    `ups`, those that lead from the rank of an update to the output (B of B A), learn `loraplus_lr_ratio` times as fast:
+    LoRA+: Efficient Low Rank Adaptation of Large Models. Hayou et al., 2024. https://arxiv.org/abs/2402.12354
     `name` may also be a class or a function that takes the groups and the keywords; `options` go to it.
     Each group keeps its own peak learning rate under "peak", which a schedule multiplies.
     """
     factory = find(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
-    of_heads = {id(p) for p in heads or []} if head_learning_rate is not None else set()
+    rates: dict[int, float] = {}
+    if loraplus_lr_ratio is not None:
+        if not ups:
+            raise GraftError("loraplus_lr_ratio is for methods with factors, such as lora: no trained adapter has any")
+        rates |= dict.fromkeys(map(id, ups), learning_rate * loraplus_lr_ratio)
+    if head_learning_rate is not None:
+        rates |= dict.fromkeys(map(id, heads or []), head_learning_rate)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in parameters:
-        rate = head_learning_rate if head_learning_rate is not None and id(p) in of_heads else learning_rate
-        groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+        key = rates.get(id(p), learning_rate), weight_decay if p.ndim > 1 else 0.0
+        groups.setdefault(key, []).append(p)
     keywords = {"lr": learning_rate, **(options or {})}
     if both := sorted({"lr", "weight_decay"} & set(options or {})):
         name = "learning_rate" if both[0] == "lr" else both[0]

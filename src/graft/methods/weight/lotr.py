@@ -1,0 +1,60 @@
+"""LoTR: Low Tensor Rank Weight Adaptation. Bershatsky et al., 2024."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.hyper import Range
+from .tied import Tied
+
+
+class LoTR(Delta, name="lotr"):
+    """W'_l = W_l + s B G_l A for the sites l, with B [out, rank] and A [rank, in] shared and G_l [rank, rank] of each.
+
+    Stacked along l the changes are one tensor in Tucker form of two modes; rank (in + out) + L rank^2 parameters for L
+    sites of one size. A and B are standard normal and G zero, so that the adapted model starts as the base, and
+    s = alpha / rank with alpha 1, as in the authors' code (github.com/daskol/lotr). Sites of one size [out, in] share.
+    """
+
+    papers = (
+        Paper("LoTR: Low Tensor Rank Weight Adaptation", "Bershatsky et al.", 2024, "https://arxiv.org/abs/2402.01376"),
+    )
+    passes_x = True
+    by_factors = True
+    small = dict(rank=2)
+
+    @classmethod
+    def share(cls, sites, *, rank, **_):
+        return Tied(sites, rank, nn.init.normal_, nn.init.normal_)
+
+    def __init__(
+        self,
+        site,
+        shared,
+        *,
+        rank: Annotated[int, "rank of the shared factors", Range(1)] = 8,
+        alpha: Annotated[float, "numerator of the scaling s"] = 1.0,
+        dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
+    ):
+        super().__init__(site, shared)
+        shared.at(site, self.name, rank)
+        self.G = nn.Parameter(torch.zeros(rank, rank))
+        self.scaling, self.dropout = alpha / rank, dropout
+
+    def factors(self):
+        A, B = self.shared.of(self.site)
+        return A, B @ (self.scaling * self.G)
+
+    def prepare(self, inner):
+        return self.factors()
+
+    def act(self, inner, x, A, B):
+        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.site.add_up(inner(x), self.site.down(z, A), B)
+
+    def weight(self, w):
+        A, B = self.factors()
+        return w + B @ A
