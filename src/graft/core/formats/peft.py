@@ -143,14 +143,18 @@ class Peft:
             values = {path: h[name] for path, h in hyper.items()}
             common = Counter(values.values()).most_common(1)[0][0]
             config[field_name] = int(common) if isinstance(common, float) and common.is_integer() else common
-            others = {f"^{re.escape(path)}": value for path, value in values.items() if value != common}
+            others = {path: value for path, value in values.items() if value != common}
             if field_name in tables:
-                config[tables[field_name]] = others
+                config[tables[field_name]] = {self.key(path): value for path, value in others.items()}
             elif others:
                 raise GraftError(
                     f"PEFT's {self.kind} has one {field_name} for all modules, this adapter several: {OWN}"
                 )
         return config
+
+    def key(self, path: str) -> str:
+        """The entry of a table by module that fits `path` alone."""
+        return f"^{re.escape(path)}"
 
     # Reading
 
@@ -235,6 +239,18 @@ class Peft:
                 name = self.config[common]
                 hyper[name] = ByPath({path: _fitting(table, patterns, path, hyper[name]) for path in sites})
         return hyper
+
+
+class DottedPeft(Peft):
+    """A type for which PEFT looks for the entries of tables behind a dot of the path."""
+
+    def key(self, path):
+        first, dot, rest = path.partition(".")
+        if not dot:
+            raise GraftError(
+                f"PEFT's {self.kind} cannot name {path} in a table: use one value for all modules, or {OWN}"
+            )
+        return rf"(?<=^{re.escape(first)}\.){re.escape(rest)}"
 
 
 class PromptPeft(Peft):

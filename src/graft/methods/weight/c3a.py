@@ -8,20 +8,20 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
-from ...core.formats.peft import As, Peft
+from ...core.formats.peft import As, DottedPeft
 from ...core.hyper import Range
 
 
-class _C3APeft(Peft):
+class _C3APeft(DottedPeft):
     def write_config(self, method, deltas, hyper):
         return super().write_config(method, deltas, {p: h | {"block": deltas[p].block} for p, h in hyper.items()})
 
 
 class C3A(Delta, name="c3a"):
-    """W' = W + C / in with C made of circulant blocks: C_mn[j, k] = kernel[m, n, (k - j) mod block].
+    """W' = W + C / in, C made of circulant blocks: C_mn[j, k] = kernel[m, n, (k - j) mod block].
 
-    `kernel` [out / block, in / block, block] starts at zero, so that the adapted model starts as the base (PEFT draws it
-    Xavier uniform by default). On activations each block is a circular correlation, y_m + sum over n of
+    `kernel` [out / block, in / block, block] starts at zero, so that the adapted model starts as the base (PEFT draws
+    it Xavier uniform by default). On activations each block is a circular correlation, y_m + sum over n of
     irfft(rfft(x_n) conj(rfft(kernel_mn))) / in. A change has out in / block parameters and may still have full rank.
     """
 

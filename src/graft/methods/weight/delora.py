@@ -20,11 +20,11 @@ class _DeloraPeft(Peft):
         return super().site_out(delta) | {"delora_w_norm": delta.norms}
 
     def site_in(self, site, found, config):
-        return super().site_in(site, {k: v for k, v in found.items() if k != "delora_w_norm"}, config)
+        return {k: v for k, v in super().site_in(site, found, config).items() if k != "norms"}
 
 
 class DeLoRA(Delta, name="delora"):
-    """W' = W + (strength / rank) sum over i of b_i a_i^T / (||b_i|| ||a_i||) diag(n), with n [in] the norms of W's columns.
+    """W' = W + (strength / rank) sum over i of b_i a_i^T diag(n) / (||b_i|| ||a_i||), n [in] the norms of W's columns.
 
     A [rank, in] with rows a_i is random (Kaiming uniform), B [out, rank] with columns b_i is zero, so that the adapted
     model starts as the base, and the number `strength` is trained too. Angles and strength are apart: whatever A and B
@@ -46,7 +46,12 @@ class DeLoRA(Delta, name="delora"):
     small = dict(rank=2)
     peft = _DeloraPeft(
         "DELORA",
-        {"A": As("delora_A"), "B": As("delora_B"), "strength": As("delora_lambda")},
+        {
+            "A": As("delora_A"),
+            "B": As("delora_B"),
+            "strength": As("delora_lambda"),
+            "norms": As("delora_w_norm", optional=True),
+        },
         config={"r": "rank", "delora_lambda": "strength", "module_dropout": "dropout"},
         patterns={"rank_pattern": "r", "lambda_pattern": "delora_lambda"},
         fixed={"bias": "none"},

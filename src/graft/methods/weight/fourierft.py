@@ -7,19 +7,9 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
-from ...core.formats.peft import As, Peft
+from ...core.formats.peft import As, DottedPeft
 from ...core.hyper import Range
-from ...core.recipe import ByPath
 from ...core.sparse import sparse_map
-
-
-class SpectrumPeft(Peft):
-    """PEFT draws the places again from `random_loc_seed`; how many there are is read off the tensors."""
-
-    def read_config(self, method, config, sites, found):
-        (name,) = (form.name for form in self.tensors.values())
-        counts = {path: found[path][name].numel() for path in sites if name in found[path]}
-        return super().read_config(method, config, sites, found) | {"count": ByPath(counts)}
 
 
 def places(site, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -50,12 +40,13 @@ class FourierFT(Delta, name="fourierft"):
     hosts = ("linear",)
     passes_x = True
     small = dict(count=20)
-    peft = SpectrumPeft(
+    peft = DottedPeft(
         "FOURIERFT",
         {"value": As("fourierft_spectrum")},
         config={"n_frequency": "count", "scaling": "scaling", "random_loc_seed": "location_seed"},
+        patterns={"n_frequency_pattern": "n_frequency"},
         fixed={"bias": "none"},
-        neutral=frozenset({"n_frequency_pattern", "init_weights"}),
+        neutral=frozenset({"init_weights"}),
         hosts=("Linear", "Conv1D"),
     )
     rows: Tensor

@@ -13,7 +13,7 @@ from ...core.hyper import Range
 
 
 class GraLoRA(Delta, name="gralora"):
-    """W' = W + s D, with D cut into blocks x blocks parts [out / blocks, in / blocks], each of rank r = rank / blocks.
+    """W' = W + s D, D cut into blocks x blocks parts [out / blocks, in / blocks], each of rank r = rank / blocks.
 
     Part (j, n), which takes input block n to output block j, is B[j, n r : (n + 1) r]^T A[n, :, j r : (j + 1) r]^T, with
     A [blocks, in / blocks, rank] random (Kaiming uniform) and B [blocks, rank, out / blocks] zero, so that the adapted

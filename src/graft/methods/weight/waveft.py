@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
-from ...core.formats.peft import UNREAD
-from ...core.formats.peft import As
+from ...core.formats.peft import UNREAD, As, Peft
 from ...core.hyper import Range
+from ...core.recipe import ByPath
 from ...core.sparse import sparse_map
-from .fourierft import SpectrumPeft, places
+from .fourierft import places
 
 
-class _WavePeft(SpectrumPeft):
+class _WavePeft(Peft):
+    """With `proportional_parameters` PEFT has counts of its own, which the tensors tell; it draws the places again."""
+
     def write_config(self, method, deltas, hyper):
         config = super().write_config(method, deltas, hyper)
         return config | {"wavelet_family": f"db{config['wavelet_family']}"}
@@ -26,7 +28,9 @@ class _WavePeft(SpectrumPeft):
         family = config.get("wavelet_family", "db1")
         if not family.startswith("db") or not 1 <= int(family[2:]) <= 10:
             raise GraftError(f"{UNREAD}: waveft has Daubechies' wavelets db1 to db10, not {family!r}")
-        return super().read_config(method, config | {"wavelet_family": int(family[2:])}, sites, found)
+        hyper = super().read_config(method, config | {"wavelet_family": int(family[2:])}, sites, found)
+        counts = {path: found[path]["waveft_spectrum"].numel() for path in sites if "waveft_spectrum" in found[path]}
+        return hyper | {"count": ByPath(counts)}
 
 
 @functools.cache
@@ -58,8 +62,8 @@ class WaveFT(Delta, name="waveft"):
 
     R [n, p] maps p = n + 2 moments - 2 coefficients (one more for odd n) to n values; with Haar's wavelet (one moment)
     and an even n it is orthogonal. On activations the matrix is not formed: y + s R_out S (R_in^T x). `value` starts at
-    zero, so that the adapted model starts as the base. The places follow from `location_seed`, are the same at all sites
-    of one size, and are not stored.
+    zero, so that the adapted model starts as the base. The places follow from `location_seed`, are the same at all
+    sites of one size, and are not stored.
     """
 
     papers = (
@@ -82,8 +86,9 @@ class WaveFT(Delta, name="waveft"):
             "random_loc_seed": "location_seed",
             "wavelet_family": "moments",
         },
+        patterns={"n_frequency_pattern": "n_frequency"},
         fixed={"bias": "none", "use_idwt": True},
-        neutral=frozenset({"n_frequency_pattern", "proportional_parameters", "init_weights"}),
+        neutral=frozenset({"proportional_parameters", "init_weights"}),
         hosts=("Linear", "Conv1D"),
     )
     rows: Tensor
@@ -110,7 +115,7 @@ class WaveFT(Delta, name="waveft"):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.value = nn.Parameter(torch.zeros(count))
-        self.scaling, self.moments = scaling, moments
+        self.scaling, self.low = scaling, daubechies(moments)
 
     def prepare(self, inner):
         return self.scaling * self.value, self.rows, self.columns
@@ -119,16 +124,16 @@ class WaveFT(Delta, name="waveft"):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            size = coefficients(self.site.d_out, self.moments)
-            h = sparse_map(analysed(wide, self.moments), value.to(wide.dtype), rows, columns, size)
-            change = synthesised(h, self.site.d_out, self.moments)
+            size = coefficients(self.site.d_out, len(self.low) // 2)
+            h = sparse_map(analysed(wide, self.low), value.to(wide.dtype), rows, columns, size)
+            change = synthesised(h, self.site.d_out, self.low)
         return y + change.to(y.dtype)
 
     def weight(self, w):
-        shape = [coefficients(n, self.moments) for n in w.shape]
+        shape = [coefficients(n, len(self.low) // 2) for n in w.shape]
         spectrum = self.value.new_zeros(shape).index_put((self.rows, self.columns), self.scaling * self.value)
-        along = synthesised(spectrum, w.shape[1], self.moments)
-        return w + synthesised(along.T, w.shape[0], self.moments).T
+        along = synthesised(spectrum, w.shape[1], self.low)
+        return w + synthesised(along.T, w.shape[0], self.low).T
 
 
 def coefficients(size: int, moments: int) -> int:
@@ -136,23 +141,22 @@ def coefficients(size: int, moments: int) -> int:
     return size + size % 2 + 2 * (moments - 1)
 
 
-def _bank(moments: int, like: Tensor) -> Tensor:
-    """The low-pass and the high-pass filter of the synthesis [2, 2 moments]."""
-    low = like.new_tensor(daubechies(moments))
-    sign = like.new_tensor([1.0, -1.0]).repeat(moments)
-    return torch.stack([low, sign * low.flip(0)])
+def _bank(low: tuple[float, ...], like: Tensor) -> Tensor:
+    """The low-pass and the high-pass filter of the synthesis [2, taps]."""
+    high = [(-1) ** i * value for i, value in enumerate(reversed(low))]
+    return like.new_tensor([[*low], high])
 
 
-def synthesised(h: Tensor, size: int, moments: int) -> Tensor:
+def synthesised(h: Tensor, size: int, low: tuple[float, ...]) -> Tensor:
     """R h [..., size] for the coefficients h [..., p], in which a low-pass and a high-pass one take turns."""
-    taps = _bank(moments, h).view(2, moments, 2).flip(1)  # [low or high, place, even or odd value]
+    moments = len(low) // 2
+    taps = _bank(low, h).view(2, moments, 2).flip(1)  # [low or high, place, even or odd value]
     seen = h.unflatten(-1, (-1, 2)).unfold(-2, moments, 1)  # [..., size / 2, 2, moments]
     return torch.einsum("...icm,cms->...is", seen, taps).flatten(-2)[..., :size]
 
 
-def analysed(x: Tensor, moments: int) -> Tensor:
+def analysed(x: Tensor, low: tuple[float, ...]) -> Tensor:
     """R^T x [..., p], the transpose of `synthesised`."""
-    size = x.shape[-1]
-    margin = 2 * moments - 2
-    seen = F.pad(x, (margin, margin + size % 2)).unfold(-1, 2 * moments, 2)  # [..., p / 2, 2 moments]
-    return torch.einsum("...mt,ct->...mc", seen, _bank(moments, x)).flatten(-2)
+    size, margin = x.shape[-1], len(low) - 2
+    seen = F.pad(x, (margin, margin + size % 2)).unfold(-1, len(low), 2)  # [..., p / 2, taps]
+    return torch.einsum("...mt,ct->...mc", seen, _bank(low, x)).flatten(-2)
