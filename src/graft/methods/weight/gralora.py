@@ -15,7 +15,7 @@ from ...core.hyper import Range
 class GraLoRA(Delta, name="gralora"):
     """W' = W + s D, D cut into blocks x blocks parts [out / blocks, in / blocks], each of rank r = rank / blocks.
 
-    Part (j, n), which takes input block n to output block j, is B[j, n r : (n + 1) r]^T A[n, :, j r : (j + 1) r]^T, with
+    Part (j, n), from input block n to output block j, is B[j, n r : (n + 1) r]^T A[n, :, j r : (j + 1) r]^T, with
     A [blocks, in / blocks, rank] random (Kaiming uniform) and B [blocks, rank, out / blocks] zero, so that the adapted
     model starts as the base. It has the parameters of LoRA of this rank, and a change of up to `blocks` times the rank.
     With `hybrid_rank` > 0 the product of B0 [out, hybrid_rank] (zero) and A0 [hybrid_rank, in] is added to D.
