@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 
 
+def features_first(x: Tensor) -> Tensor:
+    """[..., features] as [features, tokens], in which rows are picked and added fast."""
+    return x.reshape(-1, x.shape[-1]).T.contiguous()
+
+
 def sparse_map(h: Tensor, value: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
-    """S h [..., size] for h [..., features], S[rows[l], columns[l]] = value[l]; entries at one place add up.
+    """S h [size, tokens] for h [features, tokens], S[rows[l], columns[l]] = value[l]; entries at one place add up.
 
     `value` [k] is real, h may be complex. Neither S nor k features of every token are kept for backward: only h is.
     """
@@ -17,13 +22,13 @@ class _SparseMap(torch.autograd.Function):
 
     @staticmethod
     def forward(h, value, rows, columns, size):
-        picked = h.index_select(-1, columns) * value
-        return h.new_zeros(*h.shape[:-1], size).index_add(-1, rows, picked)
+        picked = h.index_select(0, columns) * value[:, None]
+        return h.new_zeros(size, h.shape[1]).index_add(0, rows, picked)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         h, value, rows, columns, _ = inputs
-        ctx.width = h.shape[-1]
+        ctx.width = h.shape[0]
         ctx.save_for_backward(h, value, rows, columns)
 
     @staticmethod
@@ -34,6 +39,6 @@ class _SparseMap(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dh = sparse_map(g, value, columns, rows, ctx.width)
         if ctx.needs_input_grad[1]:
-            product = h.index_select(-1, columns).conj() * g.index_select(-1, rows)
-            dvalue = (product.real if product.is_complex() else product).flatten(0, -2).sum(0)
+            product = h.index_select(0, columns).conj() * g.index_select(0, rows)
+            dvalue = (product.real if product.is_complex() else product).sum(1)
         return dh, dvalue, None, None, None

@@ -74,9 +74,11 @@ class Peft:
         if heads and not self.heads:
             raise GraftError(f"PEFT's {self.kind} stores no heads: {OWN}")
         own = self.chosen(adapter)
+        for delta in own.values():
+            self.check_host(delta.site)
+        settings = self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()})
         tensors = {}
         for path, delta in own.items():
-            self.check_host(delta.site)
             for name, value in self.site_out(delta).items():
                 tensors[f"{PREFIX}{path}.{name}"] = value
         for path in heads:
@@ -89,7 +91,7 @@ class Peft:
             **self.common(adapter, modules),
             "target_modules": self.targets(modules, list(own)),
             **({"modules_to_save": heads} if heads else {}),
-            **self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
+            **settings,
         }
         if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
             config["fan_in_fan_out"] = True

@@ -9,7 +9,7 @@ from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import As, DottedPeft
 from ...core.hyper import Range
-from ...core.sparse import sparse_map
+from ...core.sparse import features_first, sparse_map
 
 
 def places(site, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -80,9 +80,10 @@ class FourierFT(Delta, name="fourierft"):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            h = sparse_map(torch.fft.ifft(wide), value.to(wide.dtype), rows, columns, self.site.d_out // 2 + 1)
-            change = torch.fft.irfft(h, self.site.d_out)
-        return y + change.to(y.dtype)
+            h = features_first(torch.fft.ifft(wide))
+            h = sparse_map(h, value.to(wide.dtype), rows, columns, self.site.d_out // 2 + 1)
+            change = torch.fft.irfft(h.T, self.site.d_out)
+        return y + change.to(y.dtype).reshape(y.shape)
 
     def weight(self, w):
         spectrum = self.value.new_zeros(w.shape).index_put((self.rows, self.columns), self.value)

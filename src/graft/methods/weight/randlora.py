@@ -13,7 +13,13 @@ from ...core.hyper import Range
 
 
 class _RandPeft(Peft):
-    """PEFT draws its bases again where they are not saved, in bfloat16 or not as the machine has it: they are saved."""
+    """PEFT draws its bases again where they are not saved, in bfloat16 or not as the machine has it: they are saved.
+
+    Its own files hold them once more at every module.
+    """
+
+    def site_in(self, site, found, config):
+        return {k: v for k, v in super().site_in(site, found, config).items() if k not in "AB"}
 
     def write_config(self, method, deltas, hyper):
         return super().write_config(method, deltas, hyper) | {"save_projection": True}
@@ -51,7 +57,12 @@ class RandLoRA(Delta, name="randlora"):
     small = dict(rank=3)
     peft = _RandPeft(
         "RANDLORA",
-        {"lam": As("randlora_lambda"), "gamma": As("randlora_gamma")},
+        {
+            "lam": As("randlora_lambda"),
+            "gamma": As("randlora_gamma"),
+            "A": As("randlora_A", optional=True),
+            "B": As("randlora_B", optional=True),
+        },
         shared={"A": As("randlora_A"), "B": As("randlora_B")},
         config={"r": "rank", "randlora_alpha": "alpha"},
         fixed={"bias": "none"},
@@ -105,7 +116,7 @@ class RandLoRA(Delta, name="randlora"):
     def forward(self, inner, x):
         site = self.site
         tokens = x.numel() // site.d_in
-        if tokens * (site.d_in + site.d_out) < site.d_in * site.d_out:  # the products with x take less than the matrix
+        if 2 * tokens * (site.d_in + site.d_out) < 3 * site.d_in * site.d_out:  # a step takes fewer products this way
             A, B = self.prepared(inner, x.dtype)
             return site.add_up(inner(x), site.down(x, A), B)
         form = _tall if site.d_in == self.short else _wide

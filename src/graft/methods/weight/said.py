@@ -18,13 +18,13 @@ class SAID(Delta, name="said"):
     """W' = W + lam P(theta), where theta is one vector for all sites and P a fixed random map of it onto [out, in].
 
     P is the Fastfood transform: the first out in entries of H G Pi H S theta / (||G|| sqrt(out in)), with theta filled
-    up with zeros (or cut) to the next power of two from out in, S random signs, H the Walsh-Hadamard matrix of entries 1
-    and -1, Pi a random permutation, and G a diagonal of normal random numbers. None of them is stored. Of the `dimension`
-    trained numbers one for each site is its factor lam, which starts at one (structure-aware intrinsic dimension); the
-    rest is theta, which starts at zero, so that the adapted model starts as the base. Without `structure_aware` all of
-    them are theta (direct intrinsic dimension). As in the code of the paper's author that Compacter has, which spends
-    one number less. W' is formed in every step, and 8 to 16 bytes an entry are kept in memory: it is made for measuring,
-    see `intrinsic_dimension`.
+    up with zeros (or cut) to the next power of two from out in, S random signs, H the Walsh-Hadamard matrix of entries
+    1 and -1, Pi a random permutation, and G a diagonal of normal random numbers. None of them is stored. Of the
+    `dimension` trained numbers one for each site is its factor lam, which starts at one (structure-aware intrinsic
+    dimension); the rest is theta, which starts at zero, so that the adapted model starts as the base. Without
+    `structure_aware` all of them are theta (direct intrinsic dimension). As in the code of the paper's author that
+    Compacter has, which spends one number less. W' is formed in every step, and 8 to 16 bytes an entry are kept in
+    memory: it is made for measuring, see `intrinsic_dimension`.
     """
 
     papers = (
@@ -99,7 +99,7 @@ def _moved(w, theta, signs, index, gains):
 
 
 def fastfood(theta: Tensor, signs: Tensor, index: Tensor, gains: Tensor) -> Tensor:
-    """H G Pi H S theta [full], where `index` [full] are the rows of Pi H S among those of a short H, as long as `signs`.
+    """H G Pi H S theta [full], `index` [full] being the rows of Pi H S among those of a short H, as long as `signs`.
 
     In float32 at least, for sums of so many terms.
     """

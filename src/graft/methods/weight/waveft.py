@@ -13,7 +13,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import UNREAD, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from ...core.sparse import sparse_map
+from ...core.sparse import features_first, sparse_map
 from .fourierft import places
 
 
@@ -110,8 +110,8 @@ class WaveFT(Delta, name="waveft"):
         half_out, half_in = coefficients(site.d_out, moments) // 2, coefficients(site.d_in, moments) // 2
         low_row, low_column = rows < half_out, columns < half_in
         # As in PEFT, the right half holds what is high-pass along rows of W, the lower half along its columns.
-        rows = 2 * (rows % half_out) + ~low_column
-        columns = 2 * (columns % half_in) + ~low_row
+        rows = rows % half_out + half_out * ~low_column
+        columns = columns % half_in + half_in * ~low_row
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.value = nn.Parameter(torch.zeros(count))
@@ -125,15 +125,16 @@ class WaveFT(Delta, name="waveft"):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             size = coefficients(self.site.d_out, len(self.low) // 2)
-            h = sparse_map(analysed(wide, self.low), value.to(wide.dtype), rows, columns, size)
-            change = synthesised(h, self.site.d_out, self.low)
-        return y + change.to(y.dtype)
+            h = analysed(features_first(wide), self.low)
+            h = sparse_map(h, value.to(wide.dtype), rows, columns, size)
+            change = synthesised(h, self.site.d_out, self.low).T
+        return y + change.to(y.dtype).reshape(y.shape)
 
     def weight(self, w):
         shape = [coefficients(n, len(self.low) // 2) for n in w.shape]
         spectrum = self.value.new_zeros(shape).index_put((self.rows, self.columns), self.scaling * self.value)
-        along = synthesised(spectrum, w.shape[1], self.low)
-        return w + synthesised(along.T, w.shape[0], self.low).T
+        along = synthesised(spectrum, w.shape[0], self.low)
+        return w + synthesised(along.T, w.shape[1], self.low).T
 
 
 def coefficients(size: int, moments: int) -> int:
@@ -141,22 +142,31 @@ def coefficients(size: int, moments: int) -> int:
     return size + size % 2 + 2 * (moments - 1)
 
 
-def _bank(low: tuple[float, ...], like: Tensor) -> Tensor:
-    """The low-pass and the high-pass filter of the synthesis [2, taps]."""
-    high = [(-1) ** i * value for i, value in enumerate(reversed(low))]
-    return like.new_tensor([[*low], high])
+def _high(low: tuple[float, ...]) -> list[float]:
+    """The high-pass filter that belongs to a low-pass one."""
+    return [(-1) ** i * value for i, value in enumerate(reversed(low))]
 
 
 def synthesised(h: Tensor, size: int, low: tuple[float, ...]) -> Tensor:
-    """R h [..., size] for the coefficients h [..., p], in which a low-pass and a high-pass one take turns."""
-    moments = len(low) // 2
-    taps = _bank(low, h).view(2, moments, 2).flip(1)  # [low or high, place, even or odd value]
-    seen = h.unflatten(-1, (-1, 2)).unfold(-2, moments, 1)  # [..., size / 2, 2, moments]
-    return torch.einsum("...icm,cms->...is", seen, taps).flatten(-2)[..., :size]
+    """R h [size, tokens] for the coefficients h [p, tokens], the low-pass half first."""
+    lows, highs = h.chunk(2)
+    high, moments, half = _high(low), len(low) // 2, (size + 1) // 2
+    values = [
+        sum(
+            low[2 * (moments - 1 - m) + s] * lows[m : m + half] + high[2 * (moments - 1 - m) + s] * highs[m : m + half]
+            for m in range(moments)
+        )
+        for s in (0, 1)  # at even and at odd places
+    ]
+    return torch.stack(values, 1).flatten(0, 1)[:size]
 
 
 def analysed(x: Tensor, low: tuple[float, ...]) -> Tensor:
-    """R^T x [..., p], the transpose of `synthesised`."""
-    size, margin = x.shape[-1], len(low) - 2
-    seen = F.pad(x, (margin, margin + size % 2)).unfold(-1, len(low), 2)  # [..., p / 2, taps]
-    return torch.einsum("...mt,ct->...mc", seen, _bank(low, x)).flatten(-2)
+    """R^T x [p, tokens], the transpose of `synthesised`."""
+    size, margin = len(x), len(low) - 2
+    even, odd = F.pad(x, (0, 0, margin, margin + size % 2)).unflatten(0, (-1, 2)).unbind(1)
+    count = len(even) - margin // 2
+    return torch.cat([
+        sum(c[2 * m] * even[m : m + count] + c[2 * m + 1] * odd[m : m + count] for m in range(len(low) // 2))
+        for c in (low, _high(low))
+    ])  # fmt: skip
