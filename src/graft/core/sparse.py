@@ -12,7 +12,7 @@ def features_first(x: Tensor) -> Tensor:
 def sparse_map(h: Tensor, value: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """S h [size, tokens] for h [features, tokens], S[rows[l], columns[l]] = value[l]; entries at one place add up.
 
-    `value` [k] is real, h may be complex. Neither S nor k features of every token are kept for backward: only h is.
+    Neither S nor as many features of every token as there are values are kept for backward: only h is.
     """
     return _SparseMap.apply(h, value, rows, columns, size)  # type: ignore[return-value]
 
@@ -39,6 +39,5 @@ class _SparseMap(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dh = sparse_map(g, value, columns, rows, ctx.width)
         if ctx.needs_input_grad[1]:
-            product = h.index_select(0, columns).conj() * g.index_select(0, rows)
-            dvalue = (product.real if product.is_complex() else product).sum(1)
+            dvalue = (h.index_select(0, columns) * g.index_select(0, rows)).sum(1)
         return dh, dvalue, None, None, None

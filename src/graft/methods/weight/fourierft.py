@@ -80,9 +80,9 @@ class FourierFT(Delta, name="fourierft"):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            h = features_first(torch.fft.ifft(wide))
+            h = torch.view_as_real(features_first(torch.fft.ifft(wide))).flatten(1)  # [in, tokens real and imaginary]
             h = sparse_map(h, value.to(wide.dtype), rows, columns, self.site.d_out // 2 + 1)
-            change = torch.fft.irfft(h.T, self.site.d_out)
+            change = torch.fft.irfft(torch.view_as_complex(h.unflatten(1, (-1, 2))).T, self.site.d_out)
         return y + change.to(y.dtype).reshape(y.shape)
 
     def weight(self, w):
