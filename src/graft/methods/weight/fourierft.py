@@ -68,21 +68,16 @@ class FourierFT(Delta, name="fourierft"):
         self.scaling = scaling
 
     def prepare(self, inner):
-        """Entries and places of the lower half of F's rows, which with their mirror images give the same real part."""
-        size, width = self.site.d_out, self.site.d_in
-        upper = 2 * self.rows > size
-        rows = torch.where(upper, size - self.rows, self.rows)
-        columns = torch.where(upper, -self.columns % width, self.columns)
-        alone = (rows == 0) | (2 * rows == size)  # rows that are their own mirror image
-        return self.scaling * torch.where(alone, 1.0, 0.5) * self.value, rows, columns
+        return self.scaling * self.value, self.rows, self.columns
 
     def act(self, inner, x, value, rows, columns):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            h = torch.view_as_real(features_first(torch.fft.ifft(wide))).flatten(1)  # [in, tokens real and imaginary]
-            h = sparse_map(h, value.to(wide.dtype), rows, columns, self.site.d_out // 2 + 1)
-            change = torch.fft.irfft(torch.view_as_complex(h.unflatten(1, (-1, 2))).T, self.site.d_out)
+            # [in, tokens]; real and imaginary parts as if they were tokens, since the entries are real
+            h = torch.view_as_real(features_first(torch.fft.ifft(wide).resolve_conj())).flatten(1)
+            h = sparse_map(h, value.to(wide.dtype), rows, columns, self.site.d_out)
+            change = torch.fft.ifft(torch.view_as_complex(h.unflatten(1, (-1, 2))).T).real
         return y + change.to(y.dtype).reshape(y.shape)
 
     def weight(self, w):

@@ -119,7 +119,7 @@ def hadamard(x: Tensor) -> Tensor:
     left = n // math.prod(sides)
     h = x.view(*sides, left)
     for axis in range(len(sides)):
-        h = torch.tensordot(one, h, ([1], [axis])).movedim(0, axis)
+        h = (h.movedim(axis, -1) @ one).movedim(-1, axis)  # H is symmetric
     return (h @ one[:left, :left]).reshape(n)
 
 

@@ -40,18 +40,18 @@ def daubechies(moments: int) -> tuple[float, ...]:
     Its polynomial is (1 + z)^moments times the factor, with roots inside the unit circle, of the trigonometric
     polynomial sum over k < moments of binomial(moments - 1 + k, k) y^k, y = (2 - z - 1/z) / 4 (Daubechies, 1988).
     """
-    f64 = {"dtype": torch.float64}
+    f64 = torch.float64
     ys = torch.zeros(0, dtype=torch.complex128)
     if moments > 1:
-        series = torch.tensor([math.comb(moments - 1 + k, k) for k in range(moments)], **f64)
-        companion = torch.diag(torch.ones(moments - 2, **f64), -1)
+        series = torch.tensor([math.comb(moments - 1 + k, k) for k in range(moments)], dtype=f64)
+        companion = torch.diag(torch.ones(moments - 2, dtype=f64), -1)
         companion[:, -1] = -series[:-1] / series[-1]
         ys = torch.linalg.eigvals(companion)
     middle = 1 - 2 * ys
     root = (middle**2 - 1).sqrt()
     inside = torch.where((middle - root).abs() < 1, middle - root, middle + root)
     filter = torch.ones(1, dtype=torch.complex128)
-    for z in [*torch.full((moments,), -1.0, **f64), *inside]:
+    for z in [*torch.full((moments,), -1.0, dtype=f64), *inside]:
         filter = F.pad(filter, (0, 1)) - z * F.pad(filter, (1, 0))
     return tuple((filter.real * math.sqrt(2) / filter.real.sum()).tolist())
 
@@ -150,14 +150,14 @@ def _high(low: tuple[float, ...]) -> list[float]:
 def synthesised(h: Tensor, size: int, low: tuple[float, ...]) -> Tensor:
     """R h [size, tokens] for the coefficients h [p, tokens], the low-pass half first."""
     lows, highs = h.chunk(2)
-    high, moments, half = _high(low), len(low) // 2, (size + 1) // 2
-    values = [
-        sum(
-            low[2 * (moments - 1 - m) + s] * lows[m : m + half] + high[2 * (moments - 1 - m) + s] * highs[m : m + half]
-            for m in range(moments)
-        )
-        for s in (0, 1)  # at even and at odd places
-    ]
+    high, last, half = _high(low), len(low) // 2 - 1, (size + 1) // 2
+    values = []
+    for s in (0, 1):  # at even and at odd places
+        value = lows.new_zeros(())
+        for m in range(last + 1):
+            t = 2 * (last - m) + s
+            value = value + low[t] * lows[m : m + half] + high[t] * highs[m : m + half]
+        values.append(value)
     return torch.stack(values, 1).flatten(0, 1)[:size]
 
 
@@ -166,7 +166,10 @@ def analysed(x: Tensor, low: tuple[float, ...]) -> Tensor:
     size, margin = len(x), len(low) - 2
     even, odd = F.pad(x, (0, 0, margin, margin + size % 2)).unflatten(0, (-1, 2)).unbind(1)
     count = len(even) - margin // 2
-    return torch.cat([
-        sum(c[2 * m] * even[m : m + count] + c[2 * m + 1] * odd[m : m + count] for m in range(len(low) // 2))
-        for c in (low, _high(low))
-    ])  # fmt: skip
+    values = []
+    for taps in (low, _high(low)):
+        value = x.new_zeros(())
+        for m in range(len(low) // 2):
+            value = value + taps[2 * m] * even[m : m + count] + taps[2 * m + 1] * odd[m : m + count]
+        values.append(value)
+    return torch.cat(values)
