@@ -533,6 +533,11 @@ class QuantisedSite(LinearSite):
         raise GraftError(f"{self.path} is quantised ({type(self.module).__name__}): merge into the original checkpoint")
 
 
+def tucker_form(core: Tensor, a: Tensor) -> Tensor:
+    """[k, in * kernel]: the features a [k, in] of every position, then mixed by the core [k, k, kernel ...]."""
+    return torch.einsum("ij...,jr->ir...", core, a).flatten(1)
+
+
 def rounding_loss(exact: Tensor, before: Tensor, dtype: torch.dtype) -> float:
     """The share of the change exact - before that storing it as `dtype` loses: ||round(W') - W'|| / ||W' - W||."""
     if exact.dtype == dtype:

@@ -17,14 +17,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
 from ..folder import tensor_bytes
 from ..recipe import ByPath, Recipe
-from ..site import Site, kind_of, site_for
+from ..site import Site, kind_of, site_for, tucker_form
 from . import OWN, As, Format, Saved
 
 if TYPE_CHECKING:
@@ -119,12 +118,17 @@ def check_size(site: Any, *sizes: int) -> None:
 def tucker(site: Any, core: Tensor, down: Tensor) -> Tensor:
     """[rank, in * kernel] of the core [rank, rank, kernel ...] of a Tucker form after `down` [rank, in]."""
     check_size(site, len(core), down.shape[1], *core.shape[2:])
-    return torch.einsum("ij...,jr->ir...", core, down.flatten(1)).flatten(1)
+    return tucker_form(core, down.flatten(1))
 
 
 def kernel(site: Site, value: Tensor) -> Tensor:
     """A matrix [k, in * kernel] which reads the host's input, with the kernel of a convolution."""
     return value.reshape(len(value), -1, *site.module.kernel_size) if site.kind == "conv" else value
+
+
+def filters(site: Site, value: Tensor) -> Tensor:
+    """`kernel`, or `point` for the features [k, in] of a Tucker form."""
+    return (kernel if value.shape[1] == site.d_in else point)(site, value)
 
 
 def point(site: Site, value: Tensor) -> Tensor:

@@ -74,9 +74,11 @@ class Peft:
         if heads and not self.heads:
             raise GraftError(f"PEFT's {self.kind} stores no heads: {OWN}")
         own = self.chosen(adapter)
+        for delta in own.values():
+            self.check_host(delta.site)
+        settings = self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()})
         tensors = {}
         for path, delta in own.items():
-            self.check_host(delta.site)
             for name, value in self.site_out(delta).items():
                 tensors[f"{PREFIX}{path}.{name}"] = value
         for path in heads:
@@ -89,7 +91,7 @@ class Peft:
             **self.common(adapter, modules),
             "target_modules": self.targets(modules, list(own)),
             **({"modules_to_save": heads} if heads else {}),
-            **self.write_config(method, own, {path: adapter.recipe.at(d.site) for path, d in own.items()}),
+            **settings,
         }
         if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
             config["fan_in_fan_out"] = True
@@ -143,14 +145,18 @@ class Peft:
             values = {path: h[name] for path, h in hyper.items()}
             common = Counter(values.values()).most_common(1)[0][0]
             config[field_name] = int(common) if isinstance(common, float) and common.is_integer() else common
-            others = {f"^{re.escape(path)}": value for path, value in values.items() if value != common}
+            others = {path: value for path, value in values.items() if value != common}
             if field_name in tables:
-                config[tables[field_name]] = others
+                config[tables[field_name]] = {self.key(path): value for path, value in others.items()}
             elif others:
                 raise GraftError(
                     f"PEFT's {self.kind} has one {field_name} for all modules, this adapter several: {OWN}"
                 )
         return config
+
+    def key(self, path: str) -> str:
+        """The entry of a table by module that fits `path` alone."""
+        return f"^{re.escape(path)}"
 
     # Reading
 
@@ -235,6 +241,18 @@ class Peft:
                 name = self.config[common]
                 hyper[name] = ByPath({path: _fitting(table, patterns, path, hyper[name]) for path in sites})
         return hyper
+
+
+class DottedPeft(Peft):
+    """A type for which PEFT looks for the entries of tables behind a dot of the path."""
+
+    def key(self, path):
+        first, dot, rest = path.partition(".")
+        if not dot:
+            raise GraftError(
+                f"PEFT's {self.kind} cannot name {path} in a table: use one value for all modules, or {OWN}"
+            )
+        return rf"(?<=^{re.escape(first)}\.){re.escape(rest)}"
 
 
 class PromptPeft(Peft):

@@ -1,6 +1,5 @@
 """SHiRA: Sparse High Rank Adapters. Bhardwaj et al., 2024."""
 
-import warnings
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +10,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-
-HAS_MKL = torch.backends.mkl.is_available()  # its sparse products
+from ...core.sparse import HAS_MKL, sampled_product
 
 
 class _ShiraPeft(Peft):
@@ -105,37 +103,8 @@ def _gradients(g, x, w, value, index):
     few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
     first_order = not torch.is_grad_enabled()  # the sampled product has no derivative
     if HAS_MKL and first_order and x.device.type == "cpu" and few * len(index) <= g.shape[1] * x.shape[1]:
-        return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
+        return sampled_product(g, x, index).to(value.dtype), None
     return (g.mT @ x).flatten()[index].to(value.dtype), None
-
-
-torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor index) -> Tensor")
-
-
-@torch.library.impl("graft::sampled_product", "cpu")
-def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    shape = g.shape[1], x.shape[1]
-    starts = torch.searchsorted(index, torch.arange(shape[0] + 1) * shape[1])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        zeros = torch.zeros(len(index), dtype=wide)
-        where = torch.sparse_csr_tensor(starts, index % shape[1], zeros, shape, check_invariants=True)
-    return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
-
-
-@torch.library.register_fake("graft::sampled_product")
-def _(g, x, index):
-    return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _for_each(info, in_dims, *args):
-    each = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, in_dims)]
-    return torch.stack([torch.ops.graft.sampled_product(*row) for row in zip(*each)]), 0
-
-
-torch.library.register_vmap("graft::sampled_product", _for_each)
 
 
 def _scores(mask, w, keep, site):

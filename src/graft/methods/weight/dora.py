@@ -10,6 +10,7 @@ from ...core.errors import GraftError
 from ...core.factored import Initialised, Start
 from ...core.formats import OWN
 from ...core.formats.adapter_hub import LoraHub
+from ...core.formats.lycoris import LowRank, tucker
 from ...core.formats.peft import As
 from ...core.hyper import Range
 from .lora import LoRA
@@ -47,6 +48,14 @@ class _DoraHub(LoraHub):
         return {"alpha": float(config["alpha"])}
 
 
+class _Flat(LowRank):
+    """A LoCon in Tucker form is multiplied out: DoRA has none."""
+
+    def plain(self, site, found):
+        mid = found.pop("lora_mid.weight", None)
+        return found if mid is None else found | {"lora_down.weight": tucker(site, mid, found["lora_down.weight"])}
+
+
 _M = As("lora_magnitude_vector", _per_channel, lambda site, value: value.flatten())
 
 
@@ -79,10 +88,10 @@ class DoRA(Initialised, name="dora"):
         neutral=frozenset({"alpha"}),
         own=LoRA.adapter_hub.own,
     )
-    lycoris = replace(
-        LoRA.lycoris,
-        tensors={f"low.{name}": form for name, form in LoRA.lycoris.tensors.items()}
+    lycoris = _Flat(
+        {f"low.{name}": LoRA.lycoris.tensors[name] for name in "AB"}
         | {"m": As("dora_scale", lambda site, m: m.view(-1, *[1] * (site.module.weight.dim() - 1)), _of_rows)},
+        also=frozenset({"lora_mid.weight"}),
         rank="low.A",
     )
 
@@ -107,9 +116,8 @@ class DoRA(Initialised, name="dora"):
         return hyper, {f"low.{name}": t for name, t in tensors.items()} | {"m": self.m}
 
     def prepare(self, inner):
-        gain = (
-            self.m / self.low.row_norms(inner.weight) - 1
-        )  # as a difference: exact at the start, in half precision too
+        # As a difference: exact at the start, in half precision too.
+        gain = self.m / self.low.row_norms(inner.weight) - 1
         A, B, _ = self.low.prepare(inner)
         return A, B, gain, inner.bias
 

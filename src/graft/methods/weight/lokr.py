@@ -11,6 +11,7 @@ from ...core.errors import GraftError
 from ...core.formats.lycoris import ALPHA, Lycoris, check_size, kernel, matrix, tucker
 from ...core.formats.peft import OWN, As, Peft, zero_padded
 from ...core.hyper import Range
+from ...core.site import tucker_form
 
 
 def _with_kernel(site, W2):
@@ -49,13 +50,16 @@ class _Kronecker(Lycoris):
         if delta.W2 is not None:
             left = delta.scaling * (delta.B1 @ delta.A1 if delta.W1 is None else delta.W1)
             return {"lokr_w1": left, "lokr_w2": found["lokr_w2"], ALPHA: left.new_tensor(1.0)}
+        if delta.core2 is not None:
+            found["lokr_w2_a"] = found["lokr_w2_a"].T.contiguous()
         return found | {ALPHA: delta.A2.new_tensor(delta.scaling * len(delta.A2))}
 
     def read(self, site, found):
         found = dict(found)
         alpha, core = found.pop(ALPHA, None), found.pop("lokr_t2", None)
         if core is not None:
-            found |= {"lokr_w2_a": found["lokr_w2_a"].T, "lokr_w2_b": tucker(site, core, found["lokr_w2_b"])}
+            check_size(site, len(core), found["lokr_w2_b"].shape[1], *core.shape[2:])
+            found["lokr_w2_a"] = found["lokr_w2_a"].T
         own = super().read(site, found)[1]
         ranks = {i: len(own[f"A{i}"]) for i in "12" if f"A{i}" in own}
         rank = ranks.get("2") or ranks.get("1")
@@ -72,9 +76,25 @@ class _Kronecker(Lycoris):
         low = {"1": ranks.get("1") == rank and rank < max(a, c) / 2, "2": rank < max(b, d) / 2}
         for i in "12":
             if f"B{i}" in own and not low[i]:
+                if i == "2" and core is not None:
+                    own["A2"], core = tucker(site, core, own["A2"]), None
                 check_size(site, len(own[f"B{i}"]), own[f"A{i}"].shape[1])
                 own[f"W{i}"] = own.pop(f"B{i}") @ own.pop(f"A{i}")
-        return {"rank": rank, "alpha": scaling * rank, "factor": factor, "decompose_both": low["1"]}, own
+        hyper = {"rank": rank, "alpha": scaling * rank, "factor": factor, "decompose_both": low["1"]}
+        return hyper | {"tucker": core is not None}, own if core is None else own | {"core2": core}
+
+
+class _KroneckerPeft(Peft):
+    """In Tucker form B2 is transposed."""
+
+    def site_out(self, delta):
+        found = super().site_out(delta)
+        return found if delta.core2 is None else found | {"lokr_w2_a": found["lokr_w2_a"].T.contiguous()}
+
+    def site_in(self, site, found, config):
+        if "lokr_t2" in found:
+            found = found | {"lokr_w2_a": found["lokr_w2_a"].T}
+        return super().site_in(site, found, config)
 
 
 class LoKr(Delta, name="lokr"):
@@ -83,7 +103,9 @@ class LoKr(Delta, name="lokr"):
     W2 = B2 A2 with B2 [b, rank] and A2 [rank, d] where the rank is below max(b, d) / 2, else it is a full matrix; on
     request (`decompose_both`) W1 = B1 A1 likewise. W2, or its A2, is zero at the start and the rest Kaiming uniform.
     On activations the product is never formed: x is seen as a matrix X [c, d], and y + s W1 X W2^T as [a, b].
-    Sizes are those of channels: a convolution's W2 also holds the kernel, [b, d * kernel].
+    Sizes are those of channels: a convolution's W2 also holds the kernel, [b, d * kernel]. With `tucker`, a low-rank W2
+    with a kernel larger than 1 takes the Tucker form: A2 [rank, d] sees single positions, and `core2` [rank, rank,
+    kernel ...] (Kaiming uniform) makes a matrix [rank, d * kernel] of it.
     """
 
     papers = (
@@ -96,7 +118,7 @@ class LoKr(Delta, name="lokr"):
     )
     passes_x = True
     small = dict(rank=1)
-    peft = Peft(
+    peft = _KroneckerPeft(
         "LOKR",
         {
             "W1": As("lokr_w1", optional=True),
@@ -105,12 +127,18 @@ class LoKr(Delta, name="lokr"):
             "W2": As("lokr_w2", _with_kernel, _flat, optional=True),
             "B2": As("lokr_w2_a", zero_padded, zero_padded, optional=True),
             "A2": As("lokr_w2_b", optional=True),
+            "core2": As("lokr_t2", optional=True),
         },
-        config={"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both", "decompose_factor": "factor"},
+        config={
+            "r": "rank",
+            "alpha": "alpha",
+            "decompose_both": "decompose_both",
+            "decompose_factor": "factor",
+            "use_effective_conv2d": "tucker",
+        },
+        defaults={"use_effective_conv2d": False},
         patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
-        neutral=frozenset(
-            {"rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "init_weights"}
-        ),
+        neutral=frozenset({"rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"}),
         hosts=("Linear", "Conv1d", "Conv2d"),
     )
     lycoris = _Kronecker(
@@ -121,8 +149,9 @@ class LoKr(Delta, name="lokr"):
             "W2": As("lokr_w2", kernel, matrix, optional=True),
             "B2": As("lokr_w2_a", optional=True),
             "A2": As("lokr_w2_b", optional=True),
+            "core2": As("lokr_t2", optional=True),
         },
-        also=frozenset({"lokr_t2", ALPHA}),
+        also=frozenset({ALPHA}),
     )
 
     def __init__(
@@ -135,12 +164,18 @@ class LoKr(Delta, name="lokr"):
             int, "size a and c of W1, or the limit of it; -1 for the nearest to a square", Range(-1)
         ] = -1,
         decompose_both: Annotated[bool, "make W1 low-rank too, where the rank is below max(a, c) / 2"] = False,
+        tucker: Annotated[bool, "on kernels of convolutions, take the Tucker form of a low-rank W2"] = False,
     ):
         super().__init__(site)
         (a, b), (c, d) = factorize(site.d_out, factor), factorize(site.d_in // site.taps, factor)
         low1, low2 = decompose_both and rank < max(a, c) / 2, rank < max(b, d) / 2
         self.W1, self.B1, self.A1 = self._factor(a, c, rank if low1 else None)
-        self.W2, self.B2, self.A2 = self._factor(b, d * site.taps, rank if low2 else None)
+        tucker = tucker and low2 and site.taps > 1
+        self.W2, self.B2, self.A2 = self._factor(b, d if tucker else d * site.taps, rank if low2 else None)
+        self.core2 = None
+        if tucker:
+            core = torch.empty(rank, rank, *site.module.kernel_size)
+            self.core2 = nn.Parameter(nn.init.kaiming_uniform_(core, a=5**0.5))
         nn.init.zeros_(self.A2 if low2 else self.W2)
         self.scaling = alpha / rank
         self.sizes = (a, c), (b, d)
@@ -154,7 +189,9 @@ class LoKr(Delta, name="lokr"):
     def prepare(self, inner):
         """s W1 [a, c], and the one or two matrices whose product is W2 [b, d], the innermost first."""
         left = self.B1 @ self.A1 if self.W1 is None else self.W1
-        return self.scaling * left, *((self.A2, self.B2) if self.W2 is None else (self.W2,))
+        if self.W2 is not None:
+            return self.scaling * left, self.W2
+        return self.scaling * left, self.A2 if self.core2 is None else tucker_form(self.core2, self.A2), self.B2
 
     def act(self, inner, x, left, *right):
         return inner(x) + self.site.kron(x, left, right)

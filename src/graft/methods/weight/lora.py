@@ -11,9 +11,10 @@ from ...core.errors import GraftError
 from ...core.factored import RANDOM, Factored, Start
 from ...core.formats import OWN
 from ...core.formats.adapter_hub import LoraHub
-from ...core.formats.lycoris import LowRank, kernel, matrix, point, tucker
+from ...core.formats.lycoris import LowRank, check_size, filters, matrix, point
 from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 from ...core.hyper import Range
+from ...core.site import tucker_form
 
 
 def _changes_base(config: dict) -> str | None:
@@ -30,9 +31,12 @@ def _changes_base(config: dict) -> str | None:
 class LoCon(LowRank):
     """LyCORIS's LoRA, at a convolution perhaps in Tucker form: up, a core in the middle, and down."""
 
-    def plain(self, site, found):
-        mid = found.pop("lora_mid.weight", None)
-        return found if mid is None else found | {"lora_down.weight": tucker(site, mid, found["lora_down.weight"])}
+    def read(self, site, found):
+        core = found.get("lora_mid.weight")
+        if core is not None:
+            check_size(site, len(core), found["lora_down.weight"].shape[1], *core.shape[2:])
+        hyper, own = super().read(site, found)
+        return hyper | {"tucker": core is not None}, own
 
 
 class _LoraHub(LoraHub):
@@ -51,6 +55,10 @@ class LoRA(Factored, name="lora"):
 
     A [rank, in] is random (Kaiming uniform) and B [out, rank] zero, so that the adapted model starts as the base.
     Dropout falls on the input of the update only. With `bias`, b' = b + s c, and c [out] starts at zero.
+
+    On convolutions this is LyCORIS's LoCon. With `tucker`, a kernel larger than 1 takes its Tucker form, of fewer
+    parameters: A [rank, channels] sees single positions, and `core` [rank, rank, kernel ...] (Kaiming uniform) is the
+    convolution, A' [k, (i, t)] = sum over j of core[k, j, t] A[j, i] in place of A.
     """
 
     papers = (
@@ -62,6 +70,12 @@ class LoRA(Factored, name="lora"):
             "Kalajdzievski",
             2023,
             "https://arxiv.org/abs/2312.03732",
+        ),
+        Paper(
+            "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
+            "Yeh et al.",
+            2023,
+            "https://arxiv.org/abs/2309.14859",
         ),
     )
     by_factors = True
@@ -102,8 +116,11 @@ class LoRA(Factored, name="lora"):
         own=frozenset({"alpha", "rslora", "init"}),
     )
     lycoris = LoCon(
-        {"A": As("lora_down.weight", kernel, matrix), "B": As("lora_up.weight", point, matrix)},
-        also=frozenset({"lora_mid.weight"}),
+        {
+            "A": As("lora_down.weight", filters, matrix),
+            "core": As("lora_mid.weight", optional=True),
+            "B": As("lora_up.weight", point, matrix),
+        },
         rank="A",
     )
 
@@ -117,20 +134,34 @@ class LoRA(Factored, name="lora"):
         rslora: Annotated[bool, "scale by alpha / sqrt(rank), which keeps high ranks learning"] = False,
         bias: Annotated[bool, "train a bias beside the matrices"] = False,
         init: Start = "random",
+        tucker: Annotated[bool, "on kernels of convolutions, take the Tucker form"] = False,
     ):
         super().__init__(site)
         if bias and site.kind == "embedding":
             raise GraftError(f"lora: bias must be False at {site.path}: an embedding has none")
-        self.A = nn.Parameter(torch.empty(rank, site.d_in))
+        tucker = tucker and site.taps > 1
+        if tucker and init != RANDOM:
+            raise GraftError(
+                f"lora: init={init!r} starts two factors, and tucker has three at {site.path}: leave out one"
+            )
+        self.A = nn.Parameter(torch.empty(rank, site.d_in // site.taps if tucker else site.d_in))
         self.B = nn.Parameter(torch.zeros(site.d_out, rank))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        self.core = None
+        if tucker:
+            core = torch.empty(rank, rank, *site.module.kernel_size)
+            self.core = nn.Parameter(nn.init.kaiming_uniform_(core, a=5**0.5))
         self.c = nn.Parameter(torch.zeros(site.d_out)) if bias else None
         self.by_factors = not bias
         self.scaling, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
         self.begin(init, rank)
 
+    def down(self):
+        """A [rank, in], multiplied out where it is in Tucker form."""
+        return self.A if self.core is None else tucker_form(self.core, self.A)
+
     def product(self):
-        return self.A, self.scaling * self.B
+        return self.down(), self.scaling * self.B
 
     def take(self, A, B):
         self.A.copy_(A)
@@ -144,7 +175,7 @@ class LoRA(Factored, name="lora"):
         return {"rank": len(A), "alpha": self.scaling * len(A), "rslora": False, "init": RANDOM}, tensors
 
     def prepare(self, inner):
-        A, B = (self.A, self.B) if self.scales_later else self.factors()
+        A, B = (self.down(), self.B) if self.scales_later else self.factors()
         return A, B, None if self.c is None else self.scaling * self.c
 
     def act(self, inner, x, A, B, c=None):
@@ -155,7 +186,7 @@ class LoRA(Factored, name="lora"):
 
     def weight(self, w):
         wide = torch.promote_types(w.dtype, self.B.dtype)
-        return torch.addmm(self.rest(w).to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scaling)
+        return torch.addmm(self.rest(w).to(wide), self.B.to(wide), self.down().to(wide), alpha=self.scaling)
 
     def bias(self, b):
         if self.c is None:

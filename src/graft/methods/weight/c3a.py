@@ -1,0 +1,80 @@
+"""C3A: Parameter-Efficient Fine-Tuning via Circular Convolution. Chen et al., 2024."""
+
+import math
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ...core.delta import Delta, Paper
+from ...core.errors import GraftError
+from ...core.formats.peft import As, DottedPeft
+from ...core.hyper import Range
+
+
+class _C3APeft(DottedPeft):
+    def write_config(self, method, deltas, hyper):
+        return super().write_config(method, deltas, {p: h | {"block": deltas[p].block} for p, h in hyper.items()})
+
+
+class C3A(Delta, name="c3a"):
+    """W' = W + C / in, C made of circulant blocks: C_mn[j, k] = kernel[m, n, (k - j) mod block].
+
+    `kernel` [out / block, in / block, block] starts at zero, so that the adapted model starts as the base (PEFT draws
+    it Xavier uniform by default). On activations each block is a circular correlation, y_m + sum over n of
+    irfft(rfft(x_n) conj(rfft(kernel_mn))) / in. A change has out in / block parameters and may still have full rank.
+    """
+
+    papers = (
+        Paper(
+            "Parameter-Efficient Fine-Tuning via Circular Convolution", "Chen et al.", 2024,
+            "https://arxiv.org/abs/2407.19342",
+        ),
+    )  # fmt: skip
+    hosts = ("linear",)
+    passes_x = True
+    small = dict(block=4)
+    peft = _C3APeft(
+        "C3A",
+        {"kernel": As("c3a_kernel")},
+        config={"block_size": "block"},
+        patterns={"block_size_pattern": "block_size"},
+        fixed={"bias": "none"},
+        neutral=frozenset({"init_weights"}),
+        hosts=("Linear",),
+    )
+
+    def __init__(
+        self,
+        site,
+        *,
+        block: Annotated[
+            int | None, "side of the circulant blocks; none: the greatest common divisor of both sizes", Range(1)
+        ] = None,
+    ):
+        super().__init__(site)
+        self.block = block = block or math.gcd(site.d_in, site.d_out)
+        if site.d_in % block or site.d_out % block:
+            raise GraftError(
+                f"c3a: block {block} must divide both sizes of {site.path}, {site.d_in} and {site.d_out}: "
+                f"a divisor of {math.gcd(site.d_in, site.d_out)} does"
+            )
+        self.kernel = nn.Parameter(torch.zeros(site.d_out // block, site.d_in // block, block))
+
+    def prepare(self, inner):
+        with torch.autocast(self.kernel.device.type, enabled=False):
+            return (torch.fft.rfft(self.kernel / self.site.d_in).conj(),)
+
+    def act(self, inner, x, spectrum):
+        y = inner(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            h = torch.fft.rfft(wide.unflatten(-1, (-1, self.block)))
+            h = torch.einsum("...nf,mnf->...mf", h, spectrum.to(h.dtype))
+            change = torch.fft.irfft(h, self.block).flatten(-2)
+        return y + change.to(y.dtype)
+
+    def weight(self, w):
+        places = torch.arange(self.block, device=w.device)
+        blocks = self.kernel[:, :, (places - places[:, None]) % self.block]  # [m, n, j, k]
+        return w + blocks.transpose(1, 2).reshape(w.shape) / self.site.d_in
