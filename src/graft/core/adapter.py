@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import delta as core
-from .delta import Adapted, Delta, Deltas, base_modules, is_owned, mount, unmount
+from .delta import Adapted, Delta, Deltas, Fresh, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -287,6 +287,10 @@ class Adapter:
         self.heads = self._picked(heads, HEADS, saved) if heads else []
         sites = self._sites(recipe, self.targets, stats, saved)
         resolved = {s.path: recipe.at(s) for s in sites}
+        if saved is None:
+            with _seeded(seed):
+                sites = _numbered(cls.choose(sites, resolved))
+            resolved = {s.path: resolved[s.path] for s in sites}
 
         def build() -> dict[str, Delta]:
             shared = cls.share(sites, **resolved[sites[0].path])
@@ -304,8 +308,7 @@ class Adapter:
                 made = {}  # some of its tensors are drawn from the seed
         if not made:
             limits = nullcontext() if saved is None else Rebuilding(saved, model, spare=False)
-            with torch.random.fork_rng(devices=[]), limits:
-                torch.random.default_generator.manual_seed(seed)
+            with _seeded(seed), limits:
                 made = build()
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
@@ -365,10 +368,7 @@ class Adapter:
         if refused and (len(refused) == len(sites) or not is_preset(targets)):
             path, reason = next(iter(refused.items()))
             raise GraftError(f"{cls.name} cannot work at {path or 'the model'}: {reason}")
-        kept = [s for s in sites if s.path not in refused]
-        for i, site in enumerate(kept):
-            site.index, site.count = i, len(kept)
-        return kept
+        return _numbered([s for s in sites if s.path not in refused])
 
     def _picked(self, targets, hosts, saved) -> list[tuple[str, nn.Module]]:
         if saved is None:
@@ -522,9 +522,13 @@ class Adapter:
             for key, value in state.items():
                 own[key].copy_(value)
 
-    def step(self, progress: float) -> None:
-        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1]."""
-        self.recipe.method.step(self._own(), progress)
+    def step(self, progress: float) -> Fresh:
+        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1].
+
+        What comes back are parameters whose state in the optimiser is to be dropped before that step, each with a mask
+        of the entries or None for all: `graft.training.optimizers.forget(optimizer, adapter.step(progress))`.
+        """
+        return self.recipe.method.step(self._own(), progress) or {}
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, if the method has one."""
@@ -544,6 +548,19 @@ class Adapter:
     def __repr__(self):
         count = sum(p.numel() for p in self.parameters())
         return f"Adapter({self.name!r}, {self.recipe}, {len(self.deltas)} sites, {count:,} parameters)"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def _numbered(sites: list[Site]) -> list[Site]:
+    for i, site in enumerate(sites):
+        site.index, site.count = i, len(sites)
+    return sites
 
 
 def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from .errors import GraftError
 from .kept import Kept, new_epoch
 
 METHODS: dict[str, type["Delta"]] = {}
+Fresh = dict[nn.Parameter, Tensor | None]  # parameters without a past; a mask tells which of their entries, None all
 routed: Callable[[Any, str], Callable | None] | None = None  # what runs at a host under a route, see compose/route.py
 routes_open = False  # whether a route is open in any thread: all that compiled code looks at
 
@@ -147,6 +148,9 @@ class Delta(nn.Module, metaclass=_MethodType):
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
+    def entries(self) -> tuple[Tensor, Tensor] | None:
+        """Flat positions [k] in W, each once, and values [k] added there, for a method that does just that; else None."""
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""
 
@@ -183,14 +187,24 @@ class Delta(nn.Module, metaclass=_MethodType):
         """Why the method cannot work at `site` although its kind fits, or None. Presets leave such sites out."""
 
     @classmethod
+    def choose(cls, sites: list, hyper: dict[str, dict[str, Any]]) -> list:
+        """Those of the sites that get a delta; the others are left alone. `hyper` has the hyperparameters by path.
+
+        For methods which look at all sites together. What they find for one of them goes into its `stats`. A delta
+        from a file is built where it was: this is then not asked.
+        """
+        return sites
+
+    @classmethod
     def share(cls, sites: list, **hyper) -> nn.Module | None:
         """Build the module which the deltas of all `sites` use together, if the method has one."""
 
     @classmethod
-    def step(cls, deltas: list, progress: float) -> None:
+    def step(cls, deltas: list, progress: float) -> Fresh | None:
         """Follow a schedule (rank, mask, temperature): after backward, before the optimiser's step.
 
-        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid.
+        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. What it
+        gives are parameters which are to start anew, before that step, as if the optimiser had never seen them.
         """
 
     @classmethod

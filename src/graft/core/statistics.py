@@ -11,7 +11,8 @@ from .errors import GraftError
 from .site import kind_of, site_for
 from .targets import resolve
 
-NEEDS = ("weight_grad", "input_gram", "width")
+NEEDS = ("weight_grad", "weight_square", "weight_change", "input_gram", "input_square", "width")
+_SQUARES = {"input_gram": lambda x: x.T @ x, "input_square": lambda x: x.square().sum(0)}  # of the inputs [tokens, in]
 
 
 def default_loss(model: nn.Module, batch) -> Tensor:
@@ -28,12 +29,17 @@ def collect(
     needs: Iterable[str] = ("input_gram",),
     targets: Any = "all-linear",
     loss: Callable[[nn.Module, object], Tensor] = default_loss,
+    learning_rate: float = 5e-5,
 ) -> dict[str, dict]:
     """{path: {need: tensor}} over the batches in `data`, streaming: memory does not grow with their number.
 
-    weight_grad [out, in]   mean over batches of the gradient of the loss in the host's matrix
-    input_gram  [in, in]    sum over tokens of x x^T, float32
-    width       int         number of output features
+    weight_grad   [out, in]   mean over batches of the gradient of the loss in the host's matrix
+    weight_square [out, in]   mean over batches of the square of this gradient: the diagonal of the empirical Fisher
+    weight_change [out, in]   what one pass of full fine-tuning over `data` changes in the matrices of all targets
+                              (AdamW with `learning_rate`, without decay); they get their values back
+    input_gram    [in, in]    sum over tokens of x x^T, float32
+    input_square  [in]        sum over tokens of x^2, float32
+    width         int         number of output features
     """
     needs = tuple(needs)
     if unknown := [n for n in needs if n not in NEEDS]:
@@ -46,18 +52,24 @@ def collect(
         def hook(module, args, out):
             h = out[0] if isinstance(out, tuple) else out
             stats[path]["width"] = h.shape[-1]
-            if "input_gram" in needs:
-                x = args[0].detach().flatten(0, -2).float()
-                stats[path]["input_gram"] = stats[path].get("input_gram", 0) + x.T @ x
+            for need in _SQUARES.keys() & needs:
+                stats[path][need] = stats[path].get(need, 0) + _SQUARES[need](args[0].detach().flatten(0, -2).float())
 
         return hook
 
     for path, host in hosts.items():
-        if "input_gram" in needs and kind_of(host) != "linear":
-            raise GraftError(f"input_gram is defined for linear hosts; {path} is a {kind_of(host)}")
+        if (need := next(iter(_SQUARES.keys() & needs), None)) and kind_of(host) != "linear":
+            raise GraftError(f"{need} is defined for linear hosts; {path} is a {kind_of(host)}")
         handles.append(host.register_forward_hook(watch(path)))
-    weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if "weight_grad" in needs else {}
+    of_weights = [n for n in needs if n.startswith("weight_")]
+    weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if of_weights else {}
     flags: dict[Tensor, bool] = {w: w.requires_grad for w in weights.values()}
+    before, tuner = {}, None
+    if "weight_change" in needs:
+        if len(of_weights) > 1:
+            raise GraftError(f"weight_change moves the weights at which {of_weights[0]} is taken: collect it alone")
+        before = {w: w.detach().clone() for w in flags}
+        tuner = torch.optim.AdamW(before, learning_rate, weight_decay=0.0)
     try:
         for w in flags:
             w.requires_grad_(True)
@@ -67,16 +79,27 @@ def collect(
             with torch.set_grad_enabled(bool(weights)):
                 value = loss(model, batch)
             if weights:
-                for path, g in zip(weights, torch.autograd.grad(value, list(weights.values()))):
-                    total = stats[path].get("weight_grad")
-                    stats[path]["weight_grad"] = g if total is None else total.add_(g)
+                gradients = torch.autograd.grad(value, list(weights.values()))
+                for path, w, g in zip(weights, weights.values(), gradients):
+                    for need, power in (("weight_grad", 1), ("weight_square", 2)):
+                        if need in needs:
+                            total = stats[path].get(need)
+                            stats[path][need] = g**power if total is None else total.add_(g**power)
+                    w.grad = g if tuner else w.grad
+                if tuner:
+                    tuner.step()
+                    tuner.zero_grad()
         if not count:
             raise GraftError("no batch was given to collect statistics from")
-        for path, module in hosts.items():
-            if "weight_grad" in stats[path]:
-                site = site_for(path, module, (kind_of(module),))
-                stats[path]["weight_grad"] = _as_matrix(site, stats[path]["weight_grad"] / count)
+        for path, w in weights.items():
+            site = site_for(path, hosts[path], (kind_of(hosts[path]),))
+            for need in of_weights:
+                mean = w.detach() - before[w] if tuner else stats[path][need] / count
+                stats[path][need] = _as_matrix(site, mean)
     finally:
+        with torch.no_grad():
+            for w, value in before.items():
+                w.copy_(value)
         for w, flag in flags.items():
             w.requires_grad_(flag)
         for handle in handles:
@@ -88,4 +111,4 @@ def _as_matrix(site, grad: Tensor) -> Tensor:
     """A gradient in the host's layout as [out, in]."""
     if site.weight.shape == grad.shape:
         return grad
-    return grad.T if site.weight.shape == grad.T.shape else grad.reshape(site.weight.shape)
+    return grad.T if grad.dim() == 2 else grad.reshape(site.weight.shape)

@@ -246,7 +246,7 @@ def fit(
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise not_finite(loss, norm, step + 1, picked, losses, step // per_epoch + 1)
                 for adapter in trained:
-                    adapter.step((step + 1) / total)
+                    optimizers.forget(tuner.optimizer, adapter.step((step + 1) / total))
                 for group in tuner.param_groups:
                     group["lr"] = group["peak"] * factor((step + 0.5) / total, warm)
                 tuner.step()

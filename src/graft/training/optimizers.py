@@ -105,6 +105,18 @@ def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: floa
     return decays
 
 
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, fresh: Mapping[nn.Parameter, torch.Tensor | None]) -> None:
+    """Drop the state of the parameters `fresh`, or set it to zero at the entries that their masks [like p] pick."""
+    for p, mask in fresh.items():
+        if mask is None:
+            optimizer.state.pop(p, None)
+            continue
+        for value in optimizer.state.get(p, {}).values():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                value[mask] = 0
+
+
 def average(optimizer: Any) -> None:
     """Move the parameters to where they are to be evaluated: optimizers without a schedule train at other points.
 

@@ -1,18 +1,16 @@
 """SHiRA: Sparse High Rank Adapters. Bhardwaj et al., 2024."""
 
-import warnings
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core import selection
+from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-
-HAS_MKL = torch.backends.mkl.is_available()  # its sparse products
+from .entries import Entries
 
 
 class _ShiraPeft(Peft):
@@ -44,7 +42,8 @@ class _ShiraPeft(Peft):
         return hyper | {"density": ByPath(shares)}
 
 
-class SHiRA(Delta, name="shira"):
+class SHiRA(Entries, name="shira"):
+
     """W' = W + S: `density` of the entries of W [out, in] are trained, the others stay.
 
     `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, in rising order,
@@ -67,11 +66,10 @@ class SHiRA(Delta, name="shira"):
         own=frozenset({"density", "mask"}),
         hosts=("Linear",),
     )
-    index: Tensor
 
     @classmethod
     def asks(cls, hyper):
-        return cls.needs if hyper["mask"] in ("gradient", "snip") else ()
+        return () if hyper["mask"] == "structured" else selection.needs(hyper["mask"])
 
     def __init__(
         self,
@@ -82,79 +80,20 @@ class SHiRA(Delta, name="shira"):
             Literal["random", "magnitude", "gradient", "snip", "structured"], "how the entries are chosen"
         ] = "random",
     ):
-        super().__init__(site)
-        w = site.weight.detach()
-        keep = max(1, round(density * w.numel()))
-        self.register_buffer("index", _scores(mask, w, keep, site).flatten().topk(keep).indices.sort().values)
-        self.value = nn.Parameter(torch.zeros(keep))
-
-    def forward(self, inner, x):
-        w, b = inner.weight, self.bias(inner.bias)
-        return self.site.apply_formed(x, _placed, w, b, self.value, self.index, pull=_gradients)
-
-    def weight(self, w):
-        return _placed(w.to(torch.promote_types(w.dtype, self.value.dtype)), self.value, self.index)
+        keep = max(1, round(density * site.d_out * site.d_in))
+        super().__init__(site, lambda: selection.best(_scores(mask, keep, site), keep))
 
 
-def _placed(w, value, index):
-    return w.reshape(-1).index_add(0, index, value).view(w.shape)
-
-
-def _gradients(g, x, w, value, index):
-    """dL/dvalue for g = dL/dy [n, out] and x [n, in]; none for the index."""
-    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
-    first_order = not torch.is_grad_enabled()  # the sampled product has no derivative
-    if HAS_MKL and first_order and x.device.type == "cpu" and few * len(index) <= g.shape[1] * x.shape[1]:
-        return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
-    return (g.mT @ x).flatten()[index].to(value.dtype), None
-
-
-torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor index) -> Tensor")
-
-
-@torch.library.impl("graft::sampled_product", "cpu")
-def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    shape = g.shape[1], x.shape[1]
-    starts = torch.searchsorted(index, torch.arange(shape[0] + 1) * shape[1])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        zeros = torch.zeros(len(index), dtype=wide)
-        where = torch.sparse_csr_tensor(starts, index % shape[1], zeros, shape, check_invariants=True)
-    return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
-
-
-@torch.library.register_fake("graft::sampled_product")
-def _(g, x, index):
-    return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _for_each(info, in_dims, *args):
-    each = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, in_dims)]
-    return torch.stack([torch.ops.graft.sampled_product(*row) for row in zip(*each)]), 0
-
-
-torch.library.register_vmap("graft::sampled_product", _for_each)
-
-
-def _scores(mask, w, keep, site):
+def _scores(mask, keep, site):
     """A score for every entry; the best are kept."""
-    if site.saved is not None:
-        return torch.zeros_like(w)  # the positions come from the file
-    if mask == "random":
-        return torch.rand(w.shape, device=w.device)
-    if mask == "magnitude":
-        return w.abs()
-    if mask == "structured":
-        out, width = w.shape
-        scores = torch.zeros(out, width, device=w.device)
-        rows = torch.zeros(0, dtype=torch.long)
-        for count in range(max(0, (keep - min(out, width)) // width), out + 1):
-            rows = torch.linspace(0, out - 1, count).round().long()
-            if len(rows) * width + int((torch.arange(min(out, width))[:, None] != rows).all(1).sum()) >= keep:
-                break  # rows and the rest of the diagonal are enough
-        scores[rows] = torch.linspace(1, 0.5, len(rows), device=w.device)[:, None]
-        return scores.fill_diagonal_(2)
-    grad = site.stats["weight_grad"].to(w.dtype)
-    return grad.abs() if mask == "gradient" else (w * grad).abs()
+    if mask != "structured":
+        return selection.scores(mask, site)
+    out, width, device = site.d_out, site.d_in, site.where().device
+    scores = torch.zeros(out, width, device=device)
+    rows = torch.zeros(0, dtype=torch.long)
+    for count in range(max(0, (keep - min(out, width)) // width), out + 1):
+        rows = torch.linspace(0, out - 1, count).round().long()
+        if len(rows) * width + int((torch.arange(min(out, width))[:, None] != rows).all(1).sum()) >= keep:
+            break  # rows and the rest of the diagonal are enough
+    scores[rows] = torch.linspace(1, 0.5, len(rows), device=device)[:, None]
+    return scores.fill_diagonal_(2)
