@@ -76,13 +76,21 @@ def best_of_all(scores: list[Tensor], keep: int) -> list[Tensor]:
     return _divided(chosen.sort().values, [s.numel() for s in scores])
 
 
-def allot(sites: list, score: str, density: dict[str, float]) -> list:
-    """The sites that have some of the best entries of all; these go into `stats["entries"]`.
+def allot(sites: list, score: Callable[..., Tensor], density: dict[str, float]) -> list:
+    """The sites that have some of the best entries, or groups of them, of all; these go into `stats["entries"]`.
 
-    Their number is what the `density` of each site, by path, comes to over all.
+    `score` gives a tensor for a site. How many are kept is what the `density` of each site, by path, comes to over all.
     """
-    keep = max(1, round(sum(density[s.path] * s.d_out * s.d_in for s in sites)))
-    return _given(sites, best_of_all([scores(score, s) for s in sites], keep))
+    found = [score(s) for s in sites]
+    keep = max(1, round(sum(density[s.path] * one.numel() for s, one in zip(sites, found))))
+    return _given(sites, best_of_all(found, keep))
+
+
+def allotted(site) -> Tensor:
+    """What `allot` gave a site; for a delta that comes from a file, as many positions as are in it."""
+    if site.saved is None:
+        return site.stats["entries"]
+    return torch.zeros(len(site.saved.get("index", ())), dtype=torch.long)
 
 
 def allot_at_random(sites: list, keep: int) -> list:

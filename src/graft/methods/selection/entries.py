@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...core import selection
 from ...core.delta import Delta
 from ...core.sparse import placed, pulled
 
@@ -20,10 +21,7 @@ class Entries(Delta):
 
     def __init__(self, site, pick: Callable[[], Tensor] | None = None):
         super().__init__(site)
-        if site.saved is not None:
-            index = torch.zeros(len(site.saved.get("index", ())), dtype=torch.long)
-        else:
-            index = pick() if pick else site.stats["entries"]
+        index = pick() if pick and site.saved is None else selection.allotted(site)
         small = site.d_out * site.d_in < 2**31
         self.register_buffer("index", index.to(torch.int32 if small else torch.int64))
         self.value = nn.Parameter(torch.zeros(len(index)))

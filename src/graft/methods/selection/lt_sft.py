@@ -1,5 +1,6 @@
 """LT-SFT: Composable Sparse Fine-Tuning for Cross-Lingual Transfer. Ansell et al., 2022."""
 
+from functools import partial
 from typing import Annotated
 
 from ...core import selection
@@ -36,12 +37,15 @@ class LTSFT(Entries, name="lt_sft"):
 
     @classmethod
     def choose(cls, sites, hyper):
-        return selection.allot(sites, "change", {path: one["density"] for path, one in hyper.items()})
+        score = partial(selection.scores, "change")
+        return selection.allot(sites, score, {path: one["density"] for path, one in hyper.items()})
 
     def __init__(
         self,
         site,
         *,
-        density: Annotated[float, "share of the entries of all matrices which are trained", Range(above=0, high=1)] = 0.08,
+        density: Annotated[
+            float, "share of the entries of all matrices which are trained", Range(above=0, high=1)
+        ] = 0.08,
     ):
         super().__init__(site)

@@ -43,7 +43,6 @@ class _ShiraPeft(Peft):
 
 
 class SHiRA(Entries, name="shira"):
-
     """W' = W + S: `density` of the entries of W [out, in] are trained, the others stay.
 
     `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, in rising order,
