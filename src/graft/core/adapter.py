@@ -517,10 +517,12 @@ class Adapter:
                 {k: v.to(own[k].device, own[k].dtype) for k, v in state.items()}
             ).items():
                 self.modules()[path].load_state_dict(values, assign=True)
-            return
-        with torch.no_grad():
-            for key, value in state.items():
-                own[key].copy_(value)
+        else:
+            with torch.no_grad():
+                for key, value in state.items():
+                    own[key].copy_(value)
+        for delta in self.deltas.values():
+            delta.loaded()
 
     def step(self, progress: float) -> Fresh:
         """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1].

@@ -75,6 +75,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     neutral: dict[str, float] = {}  # tensors in which W' and b' are linear together, at the values of W' = W, b' = b
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+    resting: bool = False  # whether its parameters get no gradient until `step` says otherwise
     _kept: Kept | None = None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
@@ -206,6 +207,9 @@ class Delta(nn.Module, metaclass=_MethodType):
         `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. What it
         gives are parameters which are to start anew, before that step, as if the optimiser had never seen them.
         """
+
+    def loaded(self) -> None:
+        """Called when tensors were set from a file or a checkpoint: for settings that follow from them."""
 
     @classmethod
     def penalty(cls, deltas: list) -> Tensor | None:

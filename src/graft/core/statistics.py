@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .delta import base_modules, base_parameters
 from .errors import GraftError
 from .site import kind_of, site_for
 from .targets import resolve
 
-NEEDS = ("weight_grad", "weight_square", "weight_change", "input_gram", "input_square", "width")
+NEEDS = ("weight_grad", "weight_square", "weight_change", "fisher", "input_gram", "input_square", "width")
 _SQUARES = {"input_gram": lambda x: x.T @ x, "input_square": lambda x: x.square().sum(0)}  # of the inputs [tokens, in]
 
 
@@ -37,6 +38,8 @@ def collect(
     weight_square [out, in]   mean over batches of the square of this gradient: the diagonal of the empirical Fisher
     weight_change [out, in]   what one pass of full fine-tuning over `data` changes in the matrices of all targets
                               (AdamW with `learning_rate`, without decay); they get their values back
+    fisher        float       the trace of the empirical Fisher in all parameters of the host: the sum of the squares of
+                              their gradients, as the mean over batches
     input_gram    [in, in]    sum over tokens of x x^T, float32
     input_square  [in]        sum over tokens of x^2, float32
     width         int         number of output features
@@ -52,7 +55,7 @@ def collect(
         def hook(module, args, out):
             h = out[0] if isinstance(out, tuple) else out
             stats[path]["width"] = h.shape[-1]
-            for need in _SQUARES.keys() & needs:
+            for need in _SQUARES.keys() & set(needs):
                 stats[path][need] = stats[path].get(need, 0) + _SQUARES[need](args[0].detach().flatten(0, -2).float())
 
         return hook
@@ -63,7 +66,8 @@ def collect(
         handles.append(host.register_forward_hook(watch(path)))
     of_weights = [n for n in needs if n.startswith("weight_")]
     weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if of_weights else {}
-    flags: dict[Tensor, bool] = {w: w.requires_grad for w in weights.values()}
+    inside = {path: [*base_parameters(base_modules(h)).values()] for path, h in hosts.items() if "fisher" in needs}
+    flags: dict[Tensor, bool] = {w: w.requires_grad for own in (weights.values(), *inside.values()) for w in own}
     before, tuner = {}, None
     if "weight_change" in needs:
         if len(of_weights) > 1:
@@ -76,11 +80,16 @@ def collect(
         count = 0
         for batch in data:
             count += 1
-            with torch.set_grad_enabled(bool(weights)):
+            with torch.set_grad_enabled(bool(flags)):
                 value = loss(model, batch)
-            if weights:
-                gradients = torch.autograd.grad(value, list(weights.values()))
-                for path, w, g in zip(weights, weights.values(), gradients):
+            if flags:
+                unused = "fisher" in needs  # a module may have parameters that do not run
+                gradients = dict(zip(flags, torch.autograd.grad(value, [*flags], allow_unused=unused)))
+                for path, own in inside.items():
+                    squares = [g.square().sum().item() for w in own if (g := gradients[w]) is not None]
+                    stats[path]["fisher"] = stats[path].get("fisher", 0.0) + sum(squares)
+                for path, w in weights.items():
+                    g = torch.zeros_like(w) if gradients[w] is None else gradients[w]
                     for need, power in (("weight_grad", 1), ("weight_square", 2)):
                         if need in needs:
                             total = stats[path].get(need)
@@ -91,6 +100,8 @@ def collect(
                     tuner.zero_grad()
         if not count:
             raise GraftError("no batch was given to collect statistics from")
+        for path in inside:
+            stats[path]["fisher"] /= count
         for path, w in weights.items():
             site = site_for(path, hosts[path], (kind_of(hosts[path]),))
             for need in of_weights:
