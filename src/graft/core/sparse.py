@@ -26,6 +26,20 @@ def pulled(g: Tensor, x: Tensor, w: Tensor, value: Tensor, index: Tensor) -> tup
     return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
 
 
+def strongest(g: Tensor, x: Tensor, keep: int) -> Tensor:
+    """The flat positions, rising, of the `keep` entries of g^T x [out, in] with the largest magnitude, found in pieces."""
+    width = x.shape[1]
+    rows = max(1, BLOCK // width)
+    best, where = x.new_zeros(0), torch.zeros(0, dtype=torch.long, device=x.device)
+    for first in range(0, g.shape[1], rows):
+        piece = (g[:, first : first + rows].mT @ x).abs().flatten()
+        piece, index = piece.topk(min(keep, len(piece)))
+        best, where = torch.cat([best, piece]), torch.cat([where, index + first * width])
+        best, kept = best.topk(min(keep, len(best)))
+        where = where[kept]
+    return where.sort().values
+
+
 torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor index) -> Tensor")
 
 

@@ -66,7 +66,11 @@ def collect(
         handles.append(host.register_forward_hook(watch(path)))
     of_weights = [n for n in needs if n.startswith("weight_")]
     weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if of_weights else {}
-    inside = {path: [*base_parameters(base_modules(h)).values()] for path, h in hosts.items() if "fisher" in needs}
+    inside = {
+        path: [p for p in base_parameters(base_modules(host)).values() if p.is_floating_point()]
+        for path, host in hosts.items()
+        if "fisher" in needs
+    }
     flags: dict[Tensor, bool] = {w: w.requires_grad for own in (weights.values(), *inside.values()) for w in own}
     before, tuner = {}, None
     if "weight_change" in needs:
@@ -94,7 +98,8 @@ def collect(
                         if need in needs:
                             total = stats[path].get(need)
                             stats[path][need] = g**power if total is None else total.add_(g**power)
-                    w.grad = g if tuner else w.grad
+                    if tuner:
+                        w.grad = g
                 if tuner:
                     tuner.step()
                     tuner.zero_grad()
