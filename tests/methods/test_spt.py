@@ -39,8 +39,7 @@ def test_the_budget_is_kept_and_the_most_sensitive_are_trained(scales, density, 
     assert 0 < count(adapter) <= budget
     single = {path: d for path, d in adapter.deltas.items() if d.A is None}
     for path, delta in adapter.deltas.items():
-        assert (path in single) == (len(delta.value) > 0)
-        assert path not in single or len(delta.value) < rank * 22 / ease
+        assert path not in single or 0 < len(delta.value) < rank * 22 / ease
     worst = min((stats[p]["weight_square"].flatten()[d.index.long()].min() for p, d in single.items()), default=None)
     for path, found in stats.items():
         if worst is not None and (path in single or path not in adapter.deltas):
@@ -58,7 +57,7 @@ def test_the_sensitive_matrix_gets_factors_and_the_others_entries_or_nothing():
 
 
 def test_both_forms_are_saved_and_merged(tmp_path):
-    _, adapter = adapted([10.0, 1.0], density=0.3, rank=1, ease=1.0)
+    _, adapter = adapted([10.0, 1.0], density=0.15, rank=1, ease=1.0)
     forms = {path: d.A is None for path, d in adapter.deltas.items()}
     assert {*forms.values()} == {True, False}
     for p in adapter.parameters():

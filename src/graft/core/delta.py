@@ -150,7 +150,7 @@ class Delta(nn.Module, metaclass=_MethodType):
         return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
     def entries(self) -> tuple[Tensor, Tensor] | None:
-        """Flat positions [k] in W, each once, and values [k] added there, for a method that does just that; else None."""
+        """Flat positions [k] in W, each once, and values [k] added there, for a method that does no more; or None."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""

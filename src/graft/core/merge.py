@@ -2,7 +2,7 @@
 
 W' = delta_n(... delta_1(W)) for the deltas which run at a host, innermost first. A merge is a new state dict, or new
 parameters put in the place of the old ones, which are kept: undoing it brings the very bits back. Where deltas change
-chosen entries only, a merge in place writes these and keeps what was there: it costs what the adapter has, not the base.
+chosen entries only, a merge in place writes these and keeps what was there: its cost is that of the adapter.
 """
 
 import warnings

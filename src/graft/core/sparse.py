@@ -27,7 +27,7 @@ def pulled(g: Tensor, x: Tensor, w: Tensor, value: Tensor, index: Tensor) -> tup
 
 
 def strongest(g: Tensor, x: Tensor, keep: int) -> Tensor:
-    """The flat positions, rising, of the `keep` entries of g^T x [out, in] with the largest magnitude, found in pieces."""
+    """The flat positions, rising, of the `keep` entries of g^T x [out, in] with the largest magnitude."""
     width = x.shape[1]
     rows = max(1, BLOCK // width)
     best, where = x.new_zeros(0), torch.zeros(0, dtype=torch.long, device=x.device)

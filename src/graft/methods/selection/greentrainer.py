@@ -1,4 +1,5 @@
-"""GreenTrainer: Towards Green AI in Fine-tuning Large Language Models via Adaptive Backpropagation. Huang et al., 2023."""
+"""GreenTrainer: Towards Green AI in Fine-tuning Large Language Models via Adaptive Backpropagation. Huang et al.,
+2023."""
 
 import math
 from typing import Annotated

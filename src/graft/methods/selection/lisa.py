@@ -11,7 +11,7 @@ from ..weight.full import Full
 
 
 class LISA(Full, name="lisa"):
-    """y' = m(x), m a trained copy of each target, so W' = V for each matrix W [out, in]; few of the blocks learn at once.
+    """y' = m(x), m a trained copy of each target, so W' = V for each matrix W [out, in]; few blocks learn at once.
 
     Every `interval` steps `layers` of the blocks (targets that are modules of several layers) are drawn uniformly. The
     other blocks rest: they get no gradient, and their state in the optimizer is dropped. Embeddings, the output head

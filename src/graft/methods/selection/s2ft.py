@@ -46,9 +46,8 @@ class S2FT(Columns, name="s2ft"):
     def choose(cls, sites, hyper):
         for site in sites:
             if site.d_in % hyper[site.path]["group"]:
-                raise GraftError(
-                    f"s2ft: group must divide the {site.d_in} columns of {site.path}, {hyper[site.path]['group']} does not"
-                )
+                group = hyper[site.path]["group"]
+                raise GraftError(f"s2ft: group must divide the {site.d_in} columns of {site.path}, {group} does not")
 
         def score(site):
             return selection.scores(hyper[site.path]["choice"], site).sum(0).view(-1, hyper[site.path]["group"]).sum(1)

@@ -81,7 +81,7 @@ class SPT(Entries, name="spt"):
         self.passes_x = many
         self.A, self.B = None, None
         if many:
-            self.value.requires_grad_(False)
+            del self.value, self.index
             self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, site.d_in), a=5**0.5))
             self.B = nn.Parameter(torch.zeros(site.d_out, rank))
 
@@ -89,9 +89,6 @@ class SPT(Entries, name="spt"):
         if self.A is None:
             return super().forward(inner, x)
         return self.site.add_up(inner(x), self.site.down(x, self.A), self.B)
-
-    def factors(self):
-        return None if self.A is None else (self.A, self.B)
 
     def weight(self, w):
         return super().weight(w) if self.A is None else w + self.B @ self.A
