@@ -91,7 +91,7 @@ def test_merging_writes_the_entries_in_place_and_undoing_restores_the_bits(metho
     dense = graft.merged_state_dict(model)
     with graft.merge(model):
         now = dict(model.named_parameters())
-        for name, (p, value) in own.items():
+        for name, (p, _) in own.items():
             assert now[name] is p and torch.equal(p, dense[name])
         assert any(not torch.equal(p, value) for p, value in own.values())
     assert all(torch.equal(p, value) for p, value in own.values())

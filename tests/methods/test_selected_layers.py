@@ -42,7 +42,9 @@ def test_hft_trains_half_of_each_category():
     for seed in (0, 1):
         adapter = graft.attach(model, graft.HFT(), seed=seed)
         for i in range(4):
-            of = lambda part, i=i: sum(p.startswith(f"model.layers.{i}.{part}") for p in adapter.deltas)
+            of = lambda part, i=i, adapter=adapter: sum(
+                p.startswith(f"model.layers.{i}.{part}") for p in adapter.deltas
+            )
             assert of("self_attn.") == 2 and of("mlp.") in (1, 2) and of("input_layernorm") + of("post_attention") == 1
         assert sum(".mlp." in p for p in adapter.deltas) == 6
         counts[seed] = {*adapter.deltas}
@@ -110,7 +112,7 @@ def test_lisa_draws_each_block_as_often():
 
 
 def test_a_loaded_lisa_rests_like_the_saved_one():
-    *_, (model, adapter, *_) = run_lisa(2, steps=7)
+    *_, (_, adapter, *_) = run_lisa(2, steps=7)
     again = graft.attach(llama(layers=5, tie_word_embeddings=False), graft.LISA(layers=2, interval=3), seed=5)
     again.load_state_dict(adapter.state_dict())
     assert [d.resting for d in again.deltas.values()] == [d.resting for d in adapter.deltas.values()]

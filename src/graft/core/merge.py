@@ -136,7 +136,7 @@ def _merged(
     worst = max(lost, key=lambda p: lost[p], default=None)
     if worst is not None and lost[worst] > SWALLOWED:
         count = sum(v > SWALLOWED for v in lost.values())
-        dtype = model.get_submodule(worst).site.where().dtype
+        dtype = adapted_hosts(model)[worst].site.where().dtype
         warnings.warn(
             f"merging into {dtype} loses {lost[worst]:.0%} of the change at {worst} to rounding, "
             f"and over {SWALLOWED:.0%} at {count} of {len(lost)} modules: "

@@ -21,11 +21,11 @@ class SpIEL(Entries, name="spiel"):
     those of k candidates with the largest |sum of dL/dW| over `watched` steps. The candidates are the k entries with
     the largest |dL/dW| in the first of these. All are replaced the first time (p = 1); later p = rate (1 - progress).
 
-    Memory is that of k values: the gradient of the whole matrix exists in pieces, in one backward of `interval`. What is
-    grown begins without a past in the optimizer. This is SpIEL-AG (accumulated gradients).
+    Memory is that of k values: the gradient of the whole matrix exists in pieces, in one backward of `interval`.
+    What is grown begins without a past in the optimizer. This is SpIEL-AG (accumulated gradients).
 
-    From the authors' code (github.com/AlanAnsell/peft, tuners/sft), whose defaults these are. It gives what is grown the
-    momenta of its candidate; here they begin at zero, and the first watched step is the second one.
+    From the authors' code (github.com/AlanAnsell/peft, tuners/sft), whose defaults these are. It gives what is grown
+    the momenta of its candidate; here they begin at zero, and the first watched step is the second one.
     """
 
     papers = (

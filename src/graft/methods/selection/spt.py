@@ -91,7 +91,8 @@ class SPT(Entries, name="spt"):
         return self.site.add_up(inner(x), self.site.down(x, self.A), self.B)
 
     def weight(self, w):
-        return super().weight(w) if self.A is None else w + self.B @ self.A
+        A, B = self.A, self.B
+        return super().weight(w) if A is None or B is None else w + B @ A
 
     def entries(self):
         return super().entries() if self.A is None else None

@@ -17,8 +17,8 @@ class TAPS(Delta, name="taps"):
     straight through to s, and the penalty strength / L sum |s| over the L adapted matrices draws the scores down. A
     matrix whose score is below is W to the bit; D then waits, and learns on if the score returns.
 
-    From the code of the paper's first author (github.com/MattWallingford/TAPS: threshold 0.1, scores from 0.15, strength
-    1), which begins the penalty after two epochs, has norms of each task, and gives the scores a learning rate of
+    From the code of the paper's first author (github.com/MattWallingford/TAPS: threshold 0.1, scores from 0.15,
+    strength 1), which begins the penalty after two epochs, has norms of each task, and gives the scores a rate of
     their own (0.01).
     """
 
