@@ -43,7 +43,7 @@ def test_the_budget_is_kept_and_the_most_sensitive_are_trained(scales, density, 
     worst = min((stats[p]["weight_square"].flatten()[d.index.long()].min() for p, d in single.items()), default=None)
     for path, found in stats.items():
         if worst is not None and (path in single or path not in adapter.deltas):
-            rest = found.flatten().clone()
+            rest = found["weight_square"].flatten().clone()
             if path in single:
                 rest[single[path].index.long()] = 0
             assert rest.max() <= worst
