@@ -20,7 +20,7 @@ def train(recipe, steps=600):
         loss = (model(x) - targets).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        adapter.step((k + 1) / steps, optimizer)
+        optimizers.forget(optimizer, adapter.step((k + 1) / steps))
         optimizer.step()
     return model, adapter, loss.item()
 
@@ -42,13 +42,13 @@ def test_where_a_link_ends_the_function_stays_and_the_optimizer_forgets():
     optimizer = torch.optim.Adam(adapter.parameters(), 0.1)
     for progress in (0.1, 0.2, 0.3):
         model(x).sin().sum().backward()
-        adapter.step(progress, optimizer)
+        optimizers.forget(optimizer, adapter.step(progress))
         optimizer.step()
         optimizer.zero_grad()
     assert len(optimizer.state) == 2 and not delta.past_B.any() and delta.link == 0
     y, A, B = model(x), delta.A.detach().clone(), delta.B.detach().clone()
     y.sin().sum().backward()
-    adapter.step(1 / 3, optimizer)
+    optimizers.forget(optimizer, adapter.step(1 / 3))
     assert delta.link == 1 and delta.A.grad is delta.B.grad is None and not optimizer.state
     optimizer.step()
     torch.testing.assert_close(model(x), y)
@@ -56,7 +56,7 @@ def test_where_a_link_ends_the_function_stays_and_the_optimizer_forgets():
     assert not delta.B.any() and not torch.equal(delta.A, A) and (delta.A.abs() <= 6**-0.5).all()
     for progress in (0.4, 2 / 3, 0.9, 1.0):
         model(x).sin().sum().backward()
-        adapter.step(progress, optimizer)
+        optimizers.forget(optimizer, adapter.step(progress))
         optimizer.step()
         optimizer.zero_grad()
     assert delta.link == 2 and delta.past_B[:, 2:].any() and delta.B.any()

@@ -32,8 +32,13 @@ class Change(NamedTuple):
 
 def change_of(delta: Delta) -> Change:
     """What `delta` changes at a host with a matrix; as factors where it has them or leaves the matrix as it is."""
-    site, factors, rounding = delta.site, delta.factors(), 0.0
-    if factors is None:
+    site, factors, entries, rounding = delta.site, delta.factors(), delta.entries(), 0.0
+    if entries is not None:
+        index, values = entries
+        matrix = (
+            torch.zeros_like(wide(site.weight)).view(-1).index_add(0, index, wide(values)).view(site.d_out, site.d_in)
+        )
+    elif factors is None:
         w = wide(site.weight)
         new = delta.weight(w)
         zero = LowRank(w.new_zeros(0, site.d_in), w.new_zeros(site.d_out, 0))

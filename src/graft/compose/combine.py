@@ -91,7 +91,8 @@ def combine(
     rank     at most this for a LoRA: the nearest one, by singular values
     into     the method that keeps the result: "lora", "shira" (the entries that are not zero), "full", or the one that
              all adapters have, where the change is linear in its tensors. Left out: LoRA if a rank is given; else
-             what is exact and smallest of the adapters' own method, LoRA with the factors side by side, and "full"
+             what is exact and smallest of the adapters' own method, "shira" where all change chosen entries only, LoRA
+             with the factors side by side, and "full"
     seed     of the random entries of DARE
 
     A single adapter with weight 1 gives a copy of itself, whatever its method. Heads, norms and modules that hold no
@@ -197,8 +198,10 @@ class Plan:
     def _natural(self, rank: int | None) -> str:
         if rank is not None:
             return "lora"
-        if self.own is not None and (self.own.name == "shira" or (self.linear and self._is_linear_in(self.own))):
+        if self.own is not None and self.linear and self._is_linear_in(self.own):
             return self.own.name
+        if self.sites and all(d.entries() is not None for path in self.sites for d, _ in self._at(path)):
+            return "shira"
         return "lora" if self.linear and self.sites and all(map(self.is_low_rank, self.sites)) else "full"
 
     def _paths(self, wholes: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import delta as core
-from .delta import Adapted, Delta, Deltas, base_modules, is_owned, mount, unmount
+from .delta import Adapted, Delta, Deltas, Fresh, base_modules, is_owned, mount, unmount
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
@@ -288,7 +288,8 @@ class Adapter:
         sites = self._sites(recipe, self.targets, stats, saved)
         resolved = {s.path: recipe.at(s) for s in sites}
         if saved is None:
-            resolved = cls.plan(sites, resolved)
+            with _seeded(seed):
+                resolved = cls.plan(sites, resolved)
             sites = _numbered([s for s in sites if s.path in resolved])
 
         def build() -> dict[str, Delta]:
@@ -307,8 +308,7 @@ class Adapter:
                 made = {}  # some of its tensors are drawn from the seed
         if not made:
             limits = nullcontext() if saved is None else Rebuilding(saved, model, spare=False)
-            with torch.random.fork_rng(devices=[]), limits:
-                torch.random.default_generator.manual_seed(seed)
+            with _seeded(seed), limits:
                 made = build()
         self.deltas = {s.path: self._place(made[s.path], s, dtype) for s in sites}
         for path, module in self.heads:
@@ -522,20 +522,20 @@ class Adapter:
                 {k: v.to(own[k].device, own[k].dtype) for k, v in state.items()}
             ).items():
                 self.modules()[path].load_state_dict(values, assign=True)
-            return
-        with torch.no_grad():
-            for key, value in state.items():
-                own[key].copy_(value)
+        else:
+            with torch.no_grad():
+                for key, value in state.items():
+                    own[key].copy_(value)
+        for delta in self.deltas.values():
+            delta.loaded()
 
-    def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Follow the method's schedule: after backward, before the step of `optimizer`; progress in [0, 1].
+    def step(self, progress: float) -> Fresh:
+        """Follow the method's schedule: after backward, before the optimiser's step; progress in [0, 1].
 
-        Some methods begin anew with some parameters; what the optimizer knows of these is forgotten, if it is given.
+        What comes back are parameters whose state in the optimiser is to be dropped before that step, each with a mask
+        of the entries or None for all: `graft.training.optimizers.forget(optimizer, adapter.step(progress))`.
         """
-        for p in self.recipe.method.step(self._own(), progress) or ():
-            p.grad = None
-            if optimizer is not None:
-                optimizer.state.pop(p, None)
+        return self.recipe.method.step(self._own(), progress) or {}
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, if the method has one."""
@@ -555,6 +555,19 @@ class Adapter:
     def __repr__(self):
         count = sum(p.numel() for p in self.parameters())
         return f"Adapter({self.name!r}, {self.recipe}, {len(self.deltas)} sites, {count:,} parameters)"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def _numbered(sites: list[Site]) -> list[Site]:
+    for i, site in enumerate(sites):
+        site.index, site.count = i, len(sites)
+    return sites
 
 
 def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from .errors import GraftError
 from .kept import Kept, new_epoch
 
 METHODS: dict[str, type["Delta"]] = {}
+Fresh = dict[nn.Parameter, Tensor | None]  # parameters without a past; a mask tells which of their entries, None all
 routed: Callable[[Any, str], Callable | None] | None = None  # what runs at a host under a route, see compose/route.py
 routes_open = False  # whether a route is open in any thread: all that compiled code looks at
 
@@ -75,6 +76,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     ups: tuple[str, ...] = ()  # of its own tensors those that LoRA+ trains faster: the factors that lead to the output
     neutral: dict[str, float] = {}  # tensors in which W' and b' are linear together, at the values of W' = W, b' = b
     graft_owned = True  # tells model walks that this module belongs to an adapter, not to the base
+    resting: bool = False  # whether its parameters get no gradient until `step` says otherwise
     _kept: Kept | None = None
 
     def __init_subclass__(cls, name: str = "", **kwargs):
@@ -148,6 +150,9 @@ class Delta(nn.Module, metaclass=_MethodType):
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
+    def entries(self) -> tuple[Tensor, Tensor] | None:
+        """Flat positions [k] in W, each once, and values [k] added there, for a method that does no more; or None."""
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [k, in] and B [out, k] with W' = W + B A, for a method that is such a sum; None for any other."""
 
@@ -196,12 +201,16 @@ class Delta(nn.Module, metaclass=_MethodType):
         """Build the module which the deltas of all `sites` use together, if the method has one."""
 
     @classmethod
-    def step(cls, deltas: list, progress: float) -> list[nn.Parameter] | None:
+    def step(cls, deltas: list, progress: float) -> Fresh | None:
         """Follow a schedule (rank, mask, temperature): after backward, before the optimiser's step.
 
-        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. Parameters
-        that are returned begin anew: their gradient of this step and what the optimiser knows of them are dropped.
+        `progress` runs from 0 to 1. What changes here must be a buffer, so that compiled graphs stay valid. What it
+        gives are parameters which begin anew: those given whole without the gradient of this step, and as if the
+        optimiser had never seen them.
         """
+
+    def loaded(self) -> None:
+        """Called when tensors were set from a file or a checkpoint: for settings that follow from them."""
 
     @classmethod
     def penalty(cls, deltas: list) -> Tensor | None:

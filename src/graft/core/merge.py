@@ -1,12 +1,14 @@
-"""Merging: the plain weights which compute what the adapted model computes. The base's own tensors are never written.
+"""Merging: the plain weights which compute what the adapted model computes.
 
 W' = delta_n(... delta_1(W)) for the deltas which run at a host, innermost first. A merge is a new state dict, or new
-parameters put in the place of the old ones, which are kept: undoing it brings the very bits back.
+parameters put in the place of the old ones, which are kept: undoing it brings the very bits back. Where deltas change
+chosen entries only, a merge in place writes these and keeps what was there: its cost is that of the adapter.
 """
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,20 @@ from .errors import GraftError
 from .site import rounding_loss
 
 SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warns
+
+
+class Entries(NamedTuple):
+    """Values for entries of a matrix [out, in] in place, and those that are there before."""
+
+    w: Tensor
+    rows: Tensor
+    columns: Tensor
+    before: Tensor
+    after: Tensor  # not rounded
+
+    def write(self, values: Tensor) -> None:
+        with torch.no_grad():
+            self.w[self.rows, self.columns] = values.to(self.w.dtype)
 
 
 @dataclass
@@ -30,6 +46,7 @@ class Merge:
     lost: dict[str, float]  # by host, the share of the change which rounding to the base's dtype lost
     names: tuple[str, ...] = ()
     kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    written: list[Entries] = field(default_factory=list)
 
     def _end(self) -> Registry | None:
         found = registry(self.model)
@@ -42,7 +59,10 @@ class Merge:
         if found := self._end():
             for module, name, parameter in reversed(self.kept):
                 module._parameters[name] = parameter
+            for entries in self.written:
+                entries.write(entries.before)
             self.kept.clear()
+            self.written.clear()
             found.activate(self.names)
 
     def keep(self) -> None:
@@ -63,6 +83,7 @@ class Merge:
             assert new is not None
             new.requires_grad_(id(old) in trainable)
         self.kept.clear()
+        self.written.clear()
         for adapter in list(found.adapters.values()):
             adapter.detach()
 
@@ -74,10 +95,19 @@ class Merge:
 
 
 @torch.no_grad()
-def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """{path: {tensor name: merged value in the host's layout and dtype}} and what rounding lost, by path."""
+def _merged(
+    model: nn.Module, in_place: bool = False
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], list[Entries]]:
+    """What is new, what rounding lost by path, and with `in_place` the entries to be written.
+
+    What is new is {path: {tensor name: merged value in the host's layout and dtype}}, without the hosts of the entries.
+    """
     values: dict[str, dict[str, Tensor]] = {}
     lost: dict[str, float] = {}
+    entries: list[Entries] = []
+    owners = Counter(
+        p.untyped_storage().data_ptr() for m in model.modules() for p in m._parameters.values() if p is not None
+    )
     for path, host in reversed(adapted_hosts(model).items()):  # outer ones last: they may replace all that is inside
         if not host.linked:
             continue
@@ -90,25 +120,46 @@ def _merged(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, f
                 )
             if not is_finite(delta.state_dict().values()):
                 raise GraftError(f"{delta.name} at {path} holds NaN or infinity: nothing was merged")
-        exact = host.chain.tensors
+        found = _entries(host, deltas, owners) if in_place else None
+        exact = host.chain.tensors if found is None else {"weight": found.after}
+        if not is_finite(exact.values()):
+            raise GraftError(f"merging {deltas[-1].name} at {path} gives NaN or infinity: nothing was merged")
+        if found is not None:
+            lost[path] = rounding_loss(found.after, found.before, found.before.dtype)
+            entries.append(found)
+            continue
         own = {n: p for n, p in host.named_parameters(remove_duplicate=False) if n in exact}
         if extra := exact.keys() - own.keys():
             raise GraftError(f"{path} has no {extra.pop()} to take the one of {deltas[-1].name}: keep it as an adapter")
-        if not is_finite(exact.values()):
-            raise GraftError(f"merging {deltas[-1].name} at {path} gives NaN or infinity: nothing was merged")
         lost[path] = max(rounding_loss(exact[k], p, p.dtype) for k, p in own.items())
         values[path] = {k: _apart(exact[k].to(p.dtype), p) for k, p in own.items()}
     worst = max(lost, key=lambda p: lost[p], default=None)
     if worst is not None and lost[worst] > SWALLOWED:
         count = sum(v > SWALLOWED for v in lost.values())
-        dtype = next(iter(values[worst].values())).dtype
+        dtype = adapted_hosts(model)[worst].site.where().dtype
         warnings.warn(
             f"merging into {dtype} loses {lost[worst]:.0%} of the change at {worst} to rounding, "
             f"and over {SWALLOWED:.0%} at {count} of {len(lost)} modules: "
             f"merge into a float32 copy of the base instead",
             stacklevel=3,
         )
-    return values, lost
+    return values, lost, entries
+
+
+def _entries(host: Any, deltas: list, owners: Counter) -> Entries | None:
+    """The entries that all the deltas change, if they do no more and the matrix is this host's alone; else None."""
+    found, own = [delta.entries() for delta in deltas], host._parameters.get("weight")
+    if None in found or own is None or owners[own.untyped_storage().data_ptr()] > 1:
+        return None
+    w = host.site.weight.detach()
+    if w.untyped_storage().data_ptr() != own.untyped_storage().data_ptr() or w.numel() != own.numel():
+        return None  # what the site shows is computed
+    index, values = (torch.cat(parts) for parts in zip(*found))
+    index, to = (index, None) if len(found) == 1 else index.unique(return_inverse=True)
+    rows, columns = (index // w.shape[1]).long(), (index % w.shape[1]).long()
+    before = w[rows, columns]
+    wide = before.to(torch.promote_types(before.dtype, values.dtype))
+    return Entries(w, rows, columns, before, wide + values if to is None else wide.index_add(0, to, values))
 
 
 def _apart(value: Tensor, own: Tensor) -> Tensor:
@@ -124,7 +175,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     the result: load it into a model with `tie_word_embeddings=False`.
     """
     model = unwrapped(model)
-    values, _ = _merged(model)
+    values, _, _ = _merged(model)
     modules = list(model.named_modules(remove_duplicate=False))
     owned = {path for path, m in modules if getattr(m, "graft_owned", False)}
     inside = lambda key: any(key[:i] in owned for i, letter in enumerate(key) if letter == ".")
@@ -138,7 +189,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def merge(model: nn.Module) -> Merge:
     """Merge the running adapters in place: hosts get new parameters, the adapters stay on the model without effect.
 
-    The base's parameters are kept, not recomputed: `merge(model).undo()` brings their bits back. A warning tells
+    The base's parameters are kept, not recomputed: `merge(model).undo()` brings their bits back. Sparse adapters are
+    written into the base's own parameters, entry by entry, and undone by writing back what was there. A warning tells
     when rounding to the base's dtype would swallow more than a tenth of the change. `merge(model).keep()` bakes the
     adapters in: the merged weights stay, the adapters leave.
     """
@@ -148,8 +200,10 @@ def merge(model: nn.Module) -> Merge:
         raise GraftError(f"{type(model).__name__} carries no adapter")
     found.check_unmerged()
     found.check_idle()
-    values, lost = _merged(model)
-    done = Merge(model, lost, found.active)
+    values, lost, written = _merged(model, in_place=True)
+    done = Merge(model, lost, found.active, written=written)
+    for entries in written:
+        entries.write(entries.after)
     for path, tensors in values.items():
         for name, value in tensors.items():
             inside, _, leaf = name.rpartition(".")

@@ -8,6 +8,7 @@ Precision: a delta keeps float32 tensors beside a half-precision base. Every map
 input and casts the delta's small tensors to it, so that no activation is kept twice for backward.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -105,6 +106,13 @@ class Site:
     def __init_subclass__(cls, hosts: tuple = (), **kwargs):
         super().__init_subclass__(**kwargs)
         KINDS.update({host if isinstance(host, str) else _qualified(host): cls for host in hosts})
+
+    def within(self, name: str) -> "Site":
+        """This site for a delta that is the part `name` of another one: of the file it sees its own tensors."""
+        part = copy.copy(self)
+        if self.saved is not None:
+            part.saved = {k.removeprefix(f"{name}."): v for k, v in self.saved.items() if k.startswith(f"{name}.")}
+        return part
 
     def where(self) -> Tensor:
         """A tensor with the device and dtype in which the host computes."""

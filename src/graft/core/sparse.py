@@ -1,4 +1,11 @@
-"""Sparse maps of features: a matrix whose few entries are trained, and the gradients of these entries alone."""
+"""Sparse matrices whose entries are trained: as changes of a matrix, and as maps of features.
+
+    W' = W + S,  S[index] = value     for flat positions `index` [k], rising, in W [out, in], and `value` [k]
+    y = S h                           for S[rows[l], columns[l]] = value[l]
+
+Gradients are computed at the chosen entries only. What training keeps for backward beside the inputs is `value` and its
+gradient, both [k]. A W' is formed and dropped at each use.
+"""
 
 import functools
 import warnings
@@ -7,6 +14,33 @@ import torch
 from torch import Tensor
 
 HAS_MKL = torch.backends.mkl.is_available()  # its sparse products
+BLOCK = 2**22  # entries of dL/dW' that exist at a time
+
+
+def placed(w: Tensor, value: Tensor, index: Tensor) -> Tensor:
+    """W + S, for apply_formed."""
+    return w.reshape(-1).index_add(0, index, value).view(w.shape)
+
+
+def pulled(g: Tensor, x: Tensor, w: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, None]:
+    """dL/dvalue for g = dL/dy [n, out] and x [n, in], for apply_formed; none for the index."""
+    if torch.is_grad_enabled():  # the sampled product has no derivative
+        return (g.mT @ x).flatten()[index].to(value.dtype), None
+    return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
+
+
+def strongest(g: Tensor, x: Tensor, keep: int) -> Tensor:
+    """The flat positions, rising, of the `keep` entries of g^T x [out, in] with the largest magnitude."""
+    width = x.shape[1]
+    rows = max(1, BLOCK // width)
+    best, where = x.new_zeros(0), torch.zeros(0, dtype=torch.long, device=x.device)
+    for first in range(0, g.shape[1], rows):
+        piece = (g[:, first : first + rows].mT @ x).abs().flatten()
+        piece, index = piece.topk(min(keep, len(piece)))
+        best, where = torch.cat([best, piece]), torch.cat([where, index + first * width])
+        best, kept = best.topk(min(keep, len(best)))
+        where = where[kept]
+    return where.sort().values
 
 
 def features_first(x: Tensor) -> Tensor:
@@ -48,16 +82,11 @@ class _SparseMap(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if HAS_MKL and g.device.type == "cpu" and not torch.is_grad_enabled():  # it has no derivative
                 index, order = (rows * ctx.width + columns).sort()
-                found = sampled_product(g.T, h.T, index)
+                found = torch.ops.graft.sampled_product(g.T, h.T, index)
                 dvalue = torch.zeros_like(found).index_copy(0, order, found)
             else:
                 dvalue = (h.index_select(0, columns) * g.index_select(0, rows)).sum(1)
         return dh, dvalue, None, None, None
-
-
-def sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least; by MKL."""
-    return torch.ops.graft.sampled_product(g, x, index)
 
 
 torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor index) -> Tensor")
@@ -68,19 +97,33 @@ torch.library.define(
 
 def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """The sparse matrix of entries in rising order."""
-    starts = torch.searchsorted(rows, torch.arange(shape[0] + 1))
+    starts = torch.searchsorted(rows, torch.arange(shape[0] + 1, dtype=rows.dtype)).to(rows.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=True)
 
 
-@torch.library.impl("graft::sampled_product", "cpu")
-def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
+@torch.library.impl("graft::sampled_product", "CompositeExplicitAutograd")
+def sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    width = x.shape[1]
-    zeros = torch.zeros(len(index), dtype=wide)
-    where = _matrix(index // width, index % width, zeros, (g.shape[1], width))
-    return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
+    shape = g.shape[1], x.shape[1]
+    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
+    on_cpu = x.device.type == "cpu"
+    if HAS_MKL and on_cpu and few * len(index) <= shape[0] * shape[1]:
+        where = _matrix(index // shape[1], index % shape[1], torch.zeros(len(index), dtype=wide), shape)
+        return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
+    rows = max(1, BLOCK // shape[1])
+    if rows >= shape[0]:
+        return (g.mT @ x).flatten()[index].to(wide)
+    made = torch.empty(len(index), dtype=wide, device=x.device)
+    bounds = torch.searchsorted(
+        index, torch.arange(shape[0] + 1, device=index.device, dtype=index.dtype) * shape[1]
+    ).tolist()
+    for first in range(0, shape[0], rows):
+        a, b = bounds[first], bounds[min(first + rows, shape[0])]
+        made[a:b] = (g[:, first : first + rows].mT @ x).flatten()[index[a:b] - first * shape[1]]
+    return made
 
 
 @torch.library.impl("graft::sparse_product", "cpu")

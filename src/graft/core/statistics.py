@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .delta import base_modules, base_parameters
 from .errors import GraftError
 from .site import kind_of, site_for
 from .targets import resolve
@@ -25,6 +26,13 @@ class Gram:
 
     def value(self) -> Any:
         return self.total
+
+
+class Squares(Gram):
+    """input_square [in]: sum over tokens of x^2."""
+
+    def add(self, x):
+        self.total = self.total + x.square().sum(0)
 
 
 class Covariance(Gram):
@@ -95,10 +103,12 @@ def _right(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 INPUTS: dict[str, Callable[..., Any]] = {
     "input_gram": Gram,
+    "input_square": Squares,
     "input_covariance": Covariance,
     "input_components": Principal,
 }
-NEEDS = ("weight_grad", "weight", "width", *INPUTS)
+GRADIENTS = ("weight_grad", "weight_square", "weight_change")
+NEEDS = (*GRADIENTS, "fisher", "weight", "width", *INPUTS)
 
 
 def default_loss(model: nn.Module, batch) -> Tensor:
@@ -115,13 +125,20 @@ def collect(
     needs: Iterable[str] = ("input_gram",),
     targets: Any = "all-linear",
     loss: Callable[[nn.Module, object], Tensor] = default_loss,
+    learning_rate: float = 5e-5,
 ) -> dict[str, dict]:
     """{path: {need: value}} over the batches in `data`, in one pass for all modules; memory does not grow with `data`.
 
     weight_grad [out, in]       mean over batches of the gradient of the loss in the host's matrix
+    weight_square [out, in]     mean over batches of the square of this gradient: the diagonal of the empirical Fisher
+    weight_change [out, in]     what one pass of full fine-tuning over `data` changes in the matrices of all targets
+                                (AdamW with `learning_rate`, without decay); they get their values back
+    fisher                      the trace of the empirical Fisher in all parameters of the host: the sum of the squares
+                                of their gradients, as the mean over batches
     weight [out, in]            the host's matrix itself, of a model that is not the one to be adapted; without `data`
     width                       number of output features
     input_gram [in, in]         sum over tokens of x x^T
+    input_square [in]           sum over tokens of x^2
     input_covariance [in, in]   mean over batches of the same, x in units of the largest value of a batch
     input_components:K          `Components`, the K largest principal components of the tokens
 
@@ -153,29 +170,63 @@ def collect(
 
     for path, host in hosts.items():
         handles.append(host.register_forward_hook(watch(path)))
-    weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if "weight_grad" in needs else {}
-    flags: dict[Tensor, bool] = {w: w.requires_grad for w in weights.values()}
-    grads: dict[str, Tensor] = {}
+    of_weights = [n for n in needs if n in GRADIENTS]
+    weights = {p: h.weight for p, h in hosts.items() if hasattr(h, "weight")} if of_weights else {}
+    inside = {
+        path: [p for p in base_parameters(base_modules(host)).values() if p.is_floating_point()]
+        for path, host in hosts.items()
+        if "fisher" in needs
+    }
+    flags: dict[Tensor, bool] = {w: w.requires_grad for own in (weights.values(), *inside.values()) for w in own}
+    before, tuner = {}, None
+    if "weight_change" in needs:
+        if len(of_weights) > 1:
+            raise GraftError(f"weight_change moves the weights at which {of_weights[0]} is taken: collect it alone")
+        before = {w: w.detach().clone() for w in flags}
+        tuner = torch.optim.AdamW(before, learning_rate, weight_decay=0.0)
+    sums: dict[tuple[str, str], Any] = defaultdict(float)
     try:
         for w in flags:
             w.requires_grad_(True)
         count = 0
         for batch in data if {*needs} != {"weight"} else ():
             count += 1
-            with torch.set_grad_enabled(bool(weights)):
+            with torch.set_grad_enabled(bool(flags)):
                 value = loss(model, batch)
-            if weights:
-                for path, g in zip(weights, torch.autograd.grad(value, list(weights.values()))):
-                    grads[path] = grads[path].add_(g) if path in grads else g
+            if not flags:
+                continue
+            unused = "fisher" in needs  # a module may have parameters that do not run
+            found = dict(zip(flags, torch.autograd.grad(value, [*flags], allow_unused=unused)))
+            for path, own in inside.items():
+                sums[path, "fisher"] += sum(g.square().sum().item() for w in own if (g := found[w]) is not None)
+            for path, w in weights.items():
+                g = torch.zeros_like(w) if found[w] is None else found[w]
+                if "weight_grad" in needs:
+                    sums[path, "weight_grad"] += g
+                if "weight_square" in needs:
+                    sums[path, "weight_square"] += g.square()
+                if tuner:
+                    w.grad = g
+            if tuner:
+                tuner.step()
+                tuner.zero_grad()
         if not count and {*needs} != {"weight"}:
             raise GraftError("no batch was given to collect statistics from")
         for path, site in sites.items():
-            if path in grads:
-                stats[path]["weight_grad"] = _as_matrix(site, grads.pop(path) / count)
+            for need in of_weights if path in weights else ():
+                mean = (
+                    sums.pop((path, need)) / count if tuner is None else weights[path].detach() - before[weights[path]]
+                )
+                stats[path][need] = _as_matrix(site, mean)
+            if path in inside:
+                stats[path]["fisher"] = sums[path, "fisher"] / count
             if "weight" in needs:
                 stats[path]["weight"] = site.weight.detach().clone()
             stats[path].update({n: s.value() for n, s in streams[path].items()})
     finally:
+        with torch.no_grad():
+            for w, value in before.items():
+                w.copy_(value)
         for w, flag in flags.items():
             w.requires_grad_(flag)
         for handle in handles:

@@ -64,7 +64,7 @@ def check_reached(trained: Iterable[Adapter]) -> None:
         heads = dict(adapter.heads)
         missed, count = [], 0
         for path, delta in adapter.deltas.items():
-            got = [p.grad is not None for p in delta.parameters() if p.requires_grad]
+            got = [p.grad is not None for p in delta.parameters() if p.requires_grad and not delta.resting]
             count += bool(got)
             # A head may have parts that the model does not use.
             if got and not (any(got) if path in heads else all(got)):

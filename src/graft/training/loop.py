@@ -256,7 +256,7 @@ def fit(
                 if clip and clip_by == "component":
                     clip_components(trainable, clip)
                 for adapter in trained:
-                    adapter.step((step + 1) / total, tuner.optimizer)
+                    optimizers.forget(tuner.optimizer, adapter.step((step + 1) / total))
                 for group in tuner.param_groups:
                     group["lr"] = group["peak"] * factor((step + 0.5) / total, warm)
                 tuner.step()

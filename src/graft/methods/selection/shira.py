@@ -3,14 +3,14 @@
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core import selection
+from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from ...core.sparse import HAS_MKL, sampled_product
+from .entries import Entries
 
 
 class _ShiraPeft(Peft):
@@ -42,7 +42,7 @@ class _ShiraPeft(Peft):
         return hyper | {"density": ByPath(shares)}
 
 
-class SHiRA(Delta, name="shira"):
+class SHiRA(Entries, name="shira"):
     """W' = W + S: `density` of the entries of W [out, in] are trained, the others stay.
 
     `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, in rising order,
@@ -65,11 +65,10 @@ class SHiRA(Delta, name="shira"):
         own=frozenset({"density", "mask"}),
         hosts=("Linear",),
     )
-    index: Tensor
 
     @classmethod
     def asks(cls, hyper):
-        return cls.needs if hyper["mask"] in ("gradient", "snip") else ()
+        return () if hyper["mask"] == "structured" else selection.needs(hyper["mask"])
 
     def __init__(
         self,
@@ -80,50 +79,20 @@ class SHiRA(Delta, name="shira"):
             Literal["random", "magnitude", "gradient", "snip", "structured"], "how the entries are chosen"
         ] = "random",
     ):
-        super().__init__(site)
-        w = site.weight.detach()
-        keep = max(1, round(density * w.numel()))
-        self.register_buffer("index", _scores(mask, w, keep, site).flatten().topk(keep).indices.sort().values)
-        self.value = nn.Parameter(torch.zeros(keep))
-
-    def forward(self, inner, x):
-        w, b = inner.weight, self.bias(inner.bias)
-        return self.site.apply_formed(x, _placed, w, b, self.value, self.index, pull=_gradients)
-
-    def weight(self, w):
-        return _placed(w.to(torch.promote_types(w.dtype, self.value.dtype)), self.value, self.index)
+        keep = max(1, round(density * site.d_out * site.d_in))
+        super().__init__(site, lambda: selection.best(_scores(mask, keep, site), keep))
 
 
-def _placed(w, value, index):
-    return w.reshape(-1).index_add(0, index, value).view(w.shape)
-
-
-def _gradients(g, x, w, value, index):
-    """dL/dvalue for g = dL/dy [n, out] and x [n, in]; none for the index."""
-    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
-    first_order = not torch.is_grad_enabled()  # the sampled product has no derivative
-    if HAS_MKL and first_order and x.device.type == "cpu" and few * len(index) <= g.shape[1] * x.shape[1]:
-        return sampled_product(g, x, index).to(value.dtype), None
-    return (g.mT @ x).flatten()[index].to(value.dtype), None
-
-
-def _scores(mask, w, keep, site):
+def _scores(mask, keep, site):
     """A score for every entry; the best are kept."""
-    if site.saved is not None:
-        return torch.zeros_like(w)  # the positions come from the file
-    if mask == "random":
-        return torch.rand(w.shape, device=w.device)
-    if mask == "magnitude":
-        return w.abs()
-    if mask == "structured":
-        out, width = w.shape
-        scores = torch.zeros(out, width, device=w.device)
-        rows = torch.zeros(0, dtype=torch.long)
-        for count in range(max(0, (keep - min(out, width)) // width), out + 1):
-            rows = torch.linspace(0, out - 1, count).round().long()
-            if len(rows) * width + int((torch.arange(min(out, width))[:, None] != rows).all(1).sum()) >= keep:
-                break  # rows and the rest of the diagonal are enough
-        scores[rows] = torch.linspace(1, 0.5, len(rows), device=w.device)[:, None]
-        return scores.fill_diagonal_(2)
-    grad = site.stats["weight_grad"].to(w.dtype)
-    return grad.abs() if mask == "gradient" else (w * grad).abs()
+    if mask != "structured":
+        return selection.scores(mask, site)
+    out, width, device = site.d_out, site.d_in, site.where().device
+    scores = torch.zeros(out, width, device=device)
+    rows = torch.zeros(0, dtype=torch.long)
+    for count in range(max(0, (keep - min(out, width)) // width), out + 1):
+        rows = torch.linspace(0, out - 1, count).round().long()
+        if len(rows) * width + int((torch.arange(min(out, width))[:, None] != rows).all(1).sum()) >= keep:
+            break  # rows and the rest of the diagonal are enough
+    scores[rows] = torch.linspace(1, 0.5, len(rows), device=device)[:, None]
+    return scores.fill_diagonal_(2)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Delta, Fresh, Paper
 from ...core.hyper import Range
 
 
@@ -71,7 +71,7 @@ class COLA(Delta, name="cola"):
         A, B = self.factors()
         return w + B @ A
 
-    def begin(self, link: int, generator: torch.Generator) -> list[nn.Parameter]:
+    def begin(self, link: int, generator: torch.Generator) -> Fresh:
         """Keep the present link and begin the next one."""
         rank = len(self.A)
         own = slice((link - 1) * rank, link * rank)
@@ -80,14 +80,14 @@ class COLA(Delta, name="cola"):
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
         self.link.fill_(link)
-        return [self.A, self.B]
+        return {self.A: None, self.B: None}
 
     @classmethod
     @torch.no_grad()
     def step(cls, deltas, progress):
         generator = torch.Generator().manual_seed(round(progress * 2**40))
-        anew = []
+        anew = {}
         for d in deltas:
             for link in range(int(d.link) + 1, min(int(progress * d.links + 1e-6), d.links - 1) + 1):
-                anew += d.begin(link, generator)
+                anew |= d.begin(link, generator)
         return anew

@@ -81,8 +81,9 @@ class Full(Delta, name="full"):
         if self.site.kind != "module":
             return super().forward(inner, *args, **kwargs)
         # The copy keeps float32 beside a half-precision base, and computes in the precision of the base.
-        wanted = self.site.where().dtype
-        cast = {n: p.to(wanted) for n, p in self.copy.named_parameters() if p.dtype != wanted}
+        wanted, resting = self.site.where().dtype, self.resting
+        own = ((n, p.detach() if resting else p) for n, p in self.copy.named_parameters())
+        cast = {n: p.to(wanted) for n, p in own if resting or p.dtype != wanted}
         return functional_call(self.copy, cast, args, kwargs) if cast else self.copy(*args, **kwargs)
 
     def weight(self, w):

@@ -51,7 +51,7 @@ class RoSA(Delta, name="rosa"):
     ):
         super().__init__(site)
         self.low = LoRA(site, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
-        self.sparse = SHiRA(site, density=density, mask=mask)
+        self.sparse = SHiRA(site.within("sparse"), density=density, mask=mask)
 
     def forward(self, inner, x):
         return self.low(Link(inner, self.sparse), x)

@@ -121,6 +121,20 @@ def _try_out(factory: Factory, label: str, keywords: dict[str, Any], decay: floa
     return decays
 
 
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, fresh: Mapping[nn.Parameter, torch.Tensor | None]) -> None:
+    """Let parameters begin anew before a step: without state and gradient; where a mask [like p] picks some entries,
+    with a state of zero at these."""
+    for p, mask in fresh.items():
+        if mask is None:
+            p.grad = None
+            optimizer.state.pop(p, None)
+            continue
+        for value in optimizer.state.get(p, {}).values():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                value[mask] = 0
+
+
 def average(optimizer: Any) -> None:
     """Move the parameters to where they are to be evaluated: optimizers without a schedule train at other points.
 

@@ -1,0 +1,122 @@
+"""Which entries of matrices are trained: a score for every entry, and the best of all, of each row, or of each block.
+
+A score comes from the weights, from gradients or activations (statistics of `graft.collect`), or from chance:
+
+    random      uniform in [0, 1)
+    magnitude   |W|
+    gradient    |dL/dW|                 weight_grad, the mean over batches
+    snip        |W dL/dW|               weight_grad
+    fisher      mean over batches of (dL/dW)^2                weight_square
+    activation  the norm of the inputs of each column         input_square
+    wanda       |W| times that norm                           input_square
+    change      |W_tuned - W| after full fine-tuning          weight_change
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import GraftError
+
+
+class Score(NamedTuple):
+    of: Callable[..., Tensor]  # site -> [out, in], or what broadcasts to it
+    needs: tuple[str, ...] = ()  # statistics
+
+
+def _norms(site) -> Tensor:
+    """Of the inputs of each column, [in]."""
+    return site.stats["input_square"].sqrt()
+
+
+def _weight(site) -> Tensor:
+    return site.weight.detach()
+
+
+SCORES: dict[str, Score] = {
+    "random": Score(lambda site: torch.rand(site.d_out, site.d_in)),
+    "magnitude": Score(lambda site: _weight(site).abs()),
+    "gradient": Score(lambda site: site.stats["weight_grad"].abs(), ("weight_grad",)),
+    "snip": Score(lambda site: (_weight(site) * site.stats["weight_grad"]).abs(), ("weight_grad",)),
+    "fisher": Score(lambda site: site.stats["weight_square"], ("weight_square",)),
+    "activation": Score(lambda site: _norms(site), ("input_square",)),
+    "wanda": Score(lambda site: _weight(site).abs() * _norms(site).to(_weight(site)), ("input_square",)),
+    "change": Score(lambda site: site.stats["weight_change"].abs(), ("weight_change",)),
+}
+
+
+def needs(score: str) -> tuple[str, ...]:
+    """The statistics from which a score is made."""
+    return SCORES[score].needs
+
+
+def scores(score: str, site) -> Tensor:
+    """[out, in], in float32 at least."""
+    found = SCORES[score].of(site)
+    wide = torch.promote_types(found.dtype, torch.float32)
+    return found.to(site.where().device, wide).expand(site.d_out, site.d_in)
+
+
+def best(score: Tensor, keep: int) -> Tensor:
+    """The flat positions of the `keep` highest, rising."""
+    return score.flatten().topk(keep).indices.sort().values
+
+
+def best_in_rows(score: Tensor, keep: int) -> Tensor:
+    """The flat positions of the `keep` highest of each row, rising."""
+    columns = score.topk(keep, 1).indices.sort(1).values
+    return (torch.arange(len(score), device=score.device)[:, None] * score.shape[1] + columns).flatten()
+
+
+def best_of_all(scores: list[Tensor], keep: int) -> list[Tensor]:
+    """The flat positions in each tensor of the `keep` highest of all tensors together, rising."""
+    chosen = torch.cat([s.flatten().cpu() for s in scores]).topk(keep).indices
+    return _divided(chosen.sort().values, [s.numel() for s in scores])
+
+
+def allot(sites: list, score: Callable[..., Tensor], density: dict[str, float]) -> list:
+    """The sites that have some of the best entries, or groups of them, of all; these go into `stats["entries"]`.
+
+    `score` gives a tensor for a site. How many are kept is what the `density` of each site, by path, comes to over all.
+    """
+    found = [score(s) for s in sites]
+    keep = max(1, round(sum(density[s.path] * one.numel() for s, one in zip(sites, found))))
+    return _given(sites, best_of_all(found, keep))
+
+
+def allotted(site) -> Tensor:
+    """What `allot` gave a site; for a delta that comes from a file, as many positions as are in it."""
+    if site.saved is None:
+        return site.stats["entries"]
+    return torch.zeros(len(site.saved.get("index", ())), dtype=torch.long)
+
+
+def allot_at_random(sites: list, keep: int) -> list:
+    """`allot` for `keep` entries drawn at random: memory in proportion to their number."""
+    sizes = [s.d_out * s.d_in for s in sites]
+    if keep > sum(sizes):
+        raise GraftError(f"{keep:,} entries cannot be chosen of the {sum(sizes):,} that the targets have")
+    found = torch.zeros(0, dtype=torch.long)
+    while len(found) < keep:
+        found = torch.cat([found, torch.randint(sum(sizes), (keep - len(found),))]).unique()
+    return _given(sites, _divided(found, sizes))
+
+
+def only(hypers: dict[str, dict], sites: list) -> dict[str, dict]:
+    """The hyperparameters of these sites, as `Delta.plan` gives them."""
+    return {site.path: hypers[site.path] for site in sites}
+
+
+def _divided(rising: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Positions in tensors laid end to end, as positions in each."""
+    ends = torch.tensor(sizes).cumsum(0)
+    parts = rising.tensor_split(torch.searchsorted(rising, ends[:-1]).tolist() if len(sizes) > 1 else [])
+    return [part - (end - size) for part, end, size in zip(parts, ends, sizes)]
+
+
+def _given(sites: list, entries: list[Tensor]) -> list:
+    for site, found in zip(sites, entries):
+        site.stats = site.stats | {"entries": found.to(site.where().device)}
+    return [site for site, found in zip(sites, entries) if len(found)]

@@ -1,0 +1,41 @@
+"""APET: Exploring the Impact of Model Scaling on Parameter-efficient Tuning. Su et al., 2023."""
+
+from typing import Annotated
+
+from ...core import selection
+from ...core.delta import Paper
+from ...core.hyper import Range
+from .entries import Entries
+
+
+class APET(Entries, name="apet"):
+    """W' = W + S, with S zero but at `parameters` entries drawn at random from all adapted matrices together.
+
+    `value` [k], zero at first, lies at the flat positions `index` [k] in W [out, in]. The arbitrary module: any number
+    of parameters at any positions, however the matrices are divided. It is the baseline for every other choice, and
+    with numbers from one on a meter of how few a task takes.
+
+    From the paper (section 3, arXiv 2306.02320, first called "Arbitrary Few Parameters are Good Enough for Adapting
+    Large-scale Pre-trained Language Models"), which also fixes the numbers to those of other methods.
+    """
+
+    papers = (
+        Paper(
+            "Exploring the Impact of Model Scaling on Parameter-efficient Tuning",
+            "Su et al.",
+            2023,
+            "https://arxiv.org/abs/2306.02320",
+        ),
+    )
+    small = dict(parameters=9)
+
+    @classmethod
+    def plan(cls, sites, hypers):
+        return selection.only(
+            hypers, selection.allot_at_random(sites, max(one["parameters"] for one in hypers.values()))
+        )
+
+    def __init__(
+        self, site, *, parameters: Annotated[int, "trained entries of all matrices together", Range(1)] = 10_000
+    ):
+        super().__init__(site)

@@ -1,0 +1,42 @@
+"""Surgical fine-tuning by the Fisher information: On Surgical Fine-tuning for Language Encoders. Lodha et al., 2023."""
+
+from typing import Annotated
+
+from ...core.delta import Paper
+from ...core.hyper import Range
+from ..weight.full import Full
+
+
+class Surgical(Full, name="surgical"):
+    """y' = m(x) at the `layers` targets with the highest Fisher score, m a copy of the layer trained from it; so W' = V
+    for each matrix W [out, in] in it. The other layers are left alone: no gradient, no optimizer state, nothing saved.
+
+    The score of a layer is the trace of the empirical Fisher information in its parameters, the sum over them of
+    (dL/dw)^2, as the mean over the batches given to `graft.collect`; for the Fisher of single examples give batches of
+    one.
+
+    From the paper's abstract (the diagonal of the Fisher information ranks layers, and the ranking holds during
+    training). Its full text and code could not be read: the sum over a layer is taken here.
+    """
+
+    papers = (
+        Paper(
+            "On Surgical Fine-tuning for Language Encoders",
+            "Lodha et al.",
+            2023,
+            "https://arxiv.org/abs/2310.17041",
+        ),
+    )
+    targets = "blocks"
+    needs = ("fisher",)
+    lycoris = None
+    small = dict(layers=1)
+
+    @classmethod
+    def plan(cls, sites, hypers):
+        keep = max(one["layers"] for one in hypers.values())
+        best = sorted(sites, key=lambda site: -site.stats["fisher"])[:keep]
+        return {site.path: hypers[site.path] for site in best}
+
+    def __init__(self, site, *, layers: Annotated[int, "targets that are trained, by their score", Range(1)] = 2):
+        super().__init__(site)
