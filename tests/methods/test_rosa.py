@@ -51,7 +51,11 @@ def test_trains_the_entries_of_the_largest_gradients_as_the_dense_formula_does()
     adapter = move(graft.attach(model, recipe, "0", stats={"0": {"weight_grad": grad}}))
     delta = adapter.deltas["0"]
     assert set(delta.sparse.index.tolist()) == set(grad.abs().flatten().topk(6).indices.tolist())
-    S = torch.zeros(63, dtype=torch.float64).index_copy(0, delta.sparse.index.long(), delta.sparse.value.detach()).view(7, 9)
+    S = (
+        torch.zeros(63, dtype=torch.float64)
+        .index_copy(0, delta.sparse.index.long(), delta.sparse.value.detach())
+        .view(7, 9)
+    )
     dense = model[0].weight + 1.5 * delta.low.B @ delta.low.A + S
     x = torch.randn(5, 9, dtype=torch.float64)
     torch.testing.assert_close(model(x), x @ dense.T + model[0].bias)
