@@ -93,14 +93,18 @@ def hosts(dtype=torch.float64) -> dict:
     return made
 
 
+def statistics(name, model, target, x, **kw):
+    """What a method with its small hyperparameters asks for."""
+    cls = METHODS[name]
+    needs = cls.asks(cls(**cls.small | kw).hyper)
+    return graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean()) if needs else None
+
+
 def adapt(name, model, target, x, jitter=0.3, **kw):
     """A copy of the model with an adapter whose tensors are away from their start."""
-    cls = METHODS[name]
     model = copy.deepcopy(model).eval()
-    stats = None
-    if needs := cls.asks(cls(**cls.small | kw).hyper):
-        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
-    adapter = graft.attach(model, name, target, stats=stats, **(cls.small | kw))
+    stats = statistics(name, model, target, x, **kw)
+    adapter = graft.attach(model, name, target, stats=stats, **(METHODS[name].small | kw))
     move(adapter, jitter)
     return model, adapter
 
@@ -217,11 +221,7 @@ def test_detach_leaves_no_trace(name, host):
     picture = _picture(model)
     y = run(model, x)
     adapted, adapter = model, None
-    cls = METHODS[name]
-    stats = None
-    if needs := cls.asks(cls(**cls.small).hyper):
-        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
-    adapter = graft.attach(adapted, name, target, stats=stats, **cls.small)
+    adapter = graft.attach(adapted, name, target, stats=statistics(name, model, target, x), **METHODS[name].small)
     move(adapter)
     run(adapted, x).sum().backward()
     with adapter.disabled():
@@ -341,10 +341,7 @@ def test_stacks_with_another_method(name, host, outside):
         other, other_target = ("lora", r".*q_proj") if host in ("attention", "model") else ("full", target)
     order = [(name, target), (other, other_target)]
     adapted = copy.deepcopy(model).eval()
-    stats = None
-    if needs := METHODS[name].asks(METHODS[name](**METHODS[name].small).hyper):
-        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
-    made = {}
+    stats, made = statistics(name, model, target, x), {}
     for n, t in order if outside else reversed(order):
         made[n if n not in made else "again"] = graft.attach(
             adapted, n, t, name=f"a{len(made)}", stats=stats if n == name else None, **METHODS[n].small
@@ -469,9 +466,7 @@ def test_factors_are_the_change_of_the_weight(name, host):
 def test_rows_of_one_batch_use_different_deltas(name, host):
     _, model, target, x = hosts()[host]
     model = copy.deepcopy(model).eval()
-    cls, stats = METHODS[name], None
-    if needs := cls.asks(cls(**cls.small).hyper):
-        stats = graft.collect(model, [x], needs, target, loss=lambda m, b: m(b).square().mean())
+    cls, stats = METHODS[name], statistics(name, model, target, x)
     for seed in range(3):
         move(graft.attach(model, name, target, name=f"a{seed}", seed=seed, stats=stats, **cls.small), seed=seed)
     rows = ["a2", None, "a0"]

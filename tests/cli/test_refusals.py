@@ -36,7 +36,7 @@ CASES = {
     "output exists": (tune(output="{house}/bert"), "exists already"),
     "no output": (GOOD[:4], "output is missing"),
     "nothing to resume": ([*GOOD, "--resume"], "no checkpoint"),
-    "unknown method": ([*GOOD, "--method", "lroa"], "did you mean lora"),
+    "unknown method": ([*GOOD, "--method", "lorra"], "did you mean lora"),
     "one method twice": ([*GOOD, "--method", "lora", "--method", "lora"], "lora is named twice"),
     "an option that two methods have": ([*GOOD, "--method", "lora", "--method", "dora", "--rank", "2"], "--rank"),
     "unknown option": ([*GOOD, "--rnak", "3"], "--rank"),

@@ -13,7 +13,7 @@ import graft
 from graft.compose.change import LowRank, size, svd
 from graft.core.delta import METHODS
 from models import bert, gpt2, llama, move, picture, tokens
-from test_contract import CASES, NAMES, WITH_WEIGHT, adapt, hosts, run
+from test_contract import CASES, NAMES, WITH_WEIGHT, adapt, hosts, run, statistics
 
 IDS = tokens()
 ONTO_LORA = [(n, h) for n, h in WITH_WEIGHT if h not in ("layernorm", "rmsnorm")]
@@ -53,9 +53,10 @@ def lost(found, asked):
 def pair(name, host, other=None):
     """A model with the adapters default, of method `name`, and other, both away from their start."""
     _, model, target, x = hosts()[host]
-    model, _ = adapt(name, model, target, x)
     other = other or name
-    move(graft.attach(model, other, target, name="other", **METHODS[other].small), 0.3, seed=2)
+    stats = statistics(other, model, target, x)
+    model, _ = adapt(name, model, target, x)
+    move(graft.attach(model, other, target, name="other", stats=stats, **METHODS[other].small), 0.3, seed=2)
     return model, x
 
 

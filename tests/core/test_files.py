@@ -263,6 +263,7 @@ def test_the_folder_holds_three_files_and_says_all(good):
         config["method"] == "lora" and config["base_class"] == "Net" and config["library_version"] == graft.__version__
     )
     expected = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rslora": False, "bias": False, "init": "random"}
+    expected |= {"tucker": False}
     assert config["hyperparameters"] == expected
     assert config["base_fingerprint"] == graft.fingerprint(net(), ["classifier"])
     (good.parent / "plain").mkdir(exist_ok=True)

@@ -114,8 +114,8 @@ def test_the_matrix_of_another_model_needs_no_data():
 
 def test_what_cannot_be_collected_is_refused():
     model = llama()
-    with pytest.raises(graft.GraftError, match="no statistic is called 'fisher'; there are weight_grad"):
-        graft.collect(model, [tokens()], ["fisher"])
+    with pytest.raises(graft.GraftError, match="no statistic is called 'hessian'; there are weight_grad"):
+        graft.collect(model, [tokens()], ["hessian"])
     with pytest.raises(
         graft.GraftError, match=r"input_covariance is defined for linear hosts; .*embed_tokens is a embedd"
     ):

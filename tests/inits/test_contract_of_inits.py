@@ -16,7 +16,9 @@ from models import llama, move, tokens
 methods.load()
 inits.load()
 NAMES = sorted(n for n, cls in INITS.items() if cls.__module__.startswith("graft."))
-METHODS = sorted(n for n, cls in graft.METHODS.items() if issubclass(cls, Initialised))
+METHODS = sorted(
+    n for n, cls in graft.METHODS.items() if issubclass(cls, Initialised) and "init" in hyperparameters(cls)
+)
 RANK = 2
 
 

@@ -119,7 +119,7 @@ def test_contestants_are_written_as_they_are_read():
         assert title(made.method, made.options) == text
     assert Contestant.of("lora").options == Contestant.of("lora(rank=8)").options
     for text, said in {
-        "lroa": "did you mean lora", "lora(rnk=4)": "did you mean rank", "zero-shoot": "did you mean zero-shot",
+        "lorra": "did you mean lora", "lora(rnk=4)": "did you mean rank", "zero-shoot": "did you mean zero-shot",
         "lora(rank=0)": "rank must be", "lora(rank)": "no option with a value", "lora(": "names no method",
         "zero-shot(a=1)": "no options",
     }.items():  # fmt: skip

@@ -107,10 +107,10 @@ def test_adapters_step_before_the_optimizer_and_their_penalty_counts_once(classi
     frozen = graft.attach(model, graft.LoRA(rank=2), targets=r".*key", name="other").requires_grad_(False)
     inside = next(iter(adapter.deltas.values()))
 
-    def step(self, progress, optimizer):
-        assert isinstance(optimizer, Recorded)
+    def step(self, progress):
         assert self is adapter and all(p.grad is not None for p in adapter.parameters())
         seen.append((progress, [p.detach().clone() for p in adapter.parameters()]))
+        return {}
 
     def penalty(self):
         assert self is not frozen

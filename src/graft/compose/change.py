@@ -35,9 +35,8 @@ def change_of(delta: Delta) -> Change:
     site, factors, entries, rounding = delta.site, delta.factors(), delta.entries(), 0.0
     if entries is not None:
         index, values = entries
-        matrix = (
-            torch.zeros_like(wide(site.weight)).view(-1).index_add(0, index, wide(values)).view(site.d_out, site.d_in)
-        )
+        zeros = wide(site.weight).new_zeros(site.d_out * site.d_in)
+        matrix = zeros.index_add(0, index, wide(values)).view(site.d_out, site.d_in)
     elif factors is None:
         w = wide(site.weight)
         new = delta.weight(w)

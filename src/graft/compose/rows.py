@@ -393,6 +393,11 @@ class _Modules(_Hosts):
         kwargs = {name: value for name, value in kwargs.items() if value is not x}
         given = dict(enumerate(rest)) | kwargs
         more = {key: t for key, t in given.items() if _is_batch(t, len(x))}
+        if not all(p.outside for p in self.parts) and any(hasattr(v, "get_seq_length") for v in given.values()):
+            raise GraftError(
+                f"{self.path} runs apart for some of the rows, and its keys and values are kept for all of them "
+                f"together: pass use_cache=False"
+            )
 
         def build(more):
             now = given | more

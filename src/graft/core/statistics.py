@@ -195,8 +195,8 @@ def collect(
                 value = loss(model, batch)
             if not flags:
                 continue
-            unused = "fisher" in needs  # a module may have parameters that do not run
-            found = dict(zip(flags, torch.autograd.grad(value, [*flags], allow_unused=unused)))
+            # Parameters that did not run, such as those below a copy of their module, have no gradient.
+            found = dict(zip(flags, torch.autograd.grad(value, [*flags], allow_unused=True)))
             for path, own in inside.items():
                 sums[path, "fisher"] += sum(g.square().sum().item() for w in own if (g := found[w]) is not None)
             for path, w in weights.items():

@@ -32,7 +32,7 @@ class Reach:
     calls     how often its host ran (for deltas of the attention product: the product)
     past      modules that read the host's weight past its forward, where the delta has no effect
     tied      modules that own the same weight and ran with it as it is in the base
-    gradient  whether a gradient other than zero reaches the delta; None where that was not asked for
+    gradient  whether a gradient other than zero reaches the delta; None where that was not asked for, or it rests
     """
 
     adapter: str
@@ -182,6 +182,8 @@ def _gradients(out: Any, parameters: list[nn.Parameter]) -> dict[nn.Parameter, b
 
 def _gets(grads: dict[nn.Parameter, bool], adapter: Adapter, delta: Delta) -> bool | None:
     """Whether one of a delta's tensors got a gradient, or of those it shares with others if it has none of its own."""
+    if delta.resting:
+        return None
     own = [*delta.parameters()] or ([] if adapter.shared is None else [*adapter.shared.parameters()])
     known = [grads[p] for p in own if p in grads]
     return any(known) if known else None

@@ -50,6 +50,10 @@ class GreenTrainer(Full, name="greentrainer"):
     def plan(cls, sites, hypers):
         costs = [site.d_out * site.d_in for site in sites]
         gains = [site.stats["weight_grad"].double().square().sum().item() for site in sites]
+        if not any(gains):
+            raise GraftError(
+                "greentrainer: no gradient reaches its targets: collect statistics while no adapter replaces them"
+            )
         backward = 1.5 * min(one["rho"] for one in hypers.values()) - 0.5  # the forward is a third of all
         chosen = best_backward(costs, costs, gains, backward)
         if not chosen:

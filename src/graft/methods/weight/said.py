@@ -35,7 +35,7 @@ class SAID(Delta, name="said"):
             "https://arxiv.org/abs/2012.13255",
         ),
     )
-    small = dict(dimension=7)
+    small = dict(dimension=40)
     index: Tensor
     signs: Tensor
     gains: Tensor
