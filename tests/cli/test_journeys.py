@@ -296,7 +296,7 @@ def test_every_objective_names_a_class_that_transformers_or_a_base_has():
     import transformers
 
     objectives.find("classification")
-    shipped = [cls.__name__ for name in bases.names() for cls in bases.find(name).models().values()]
+    shipped = [cls.__name__ for name in library.bases.names() for cls in library.bases.find(name).models().values()]
     for objective in objectives.OBJECTIVES.values():
         ending = objective.auto.removeprefix("AutoModel")
         assert hasattr(transformers, objective.auto) or any(name.endswith(ending) for name in shipped)

@@ -579,12 +579,6 @@ def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _numbered(sites: list[Site]) -> list[Site]:
-    for i, site in enumerate(sites):
-        site.index, site.count = i, len(sites)
-    return sites
-
-
 HEADS = ("linear", "conv", "embedding", "norm", "module")
 
 
