@@ -61,9 +61,9 @@ def test_a_process_killed_while_it_writes_leaves_no_file_under_the_name(cache):
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(tasks.__file__).parents[2])]!r}
 from graft.core import disk
-import test_kept
+import test_kept_sources
 flush, disk.os.fsync = os.fsync, lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-test_kept.kept(test_kept.lengths, test_kept.GIVEN)
+test_kept_sources.kept(test_kept_sources.lengths, test_kept_sources.GIVEN)
 """
     for _ in range(2):
         assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
