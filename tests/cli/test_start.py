@@ -104,7 +104,10 @@ def test_an_interruption_is_quiet(tmp_path):
         "graft.catalogue.catalogue = lambda family: (print('waiting', flush=True, file=sys.stderr), time.sleep(60))\n"
         "from graft.cli import main; sys.argv = ['graft', 'methods']; main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell in the background
+    )  # fmt: skip
     assert process.stderr.readline() == b"waiting\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130

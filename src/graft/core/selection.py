@@ -76,14 +76,14 @@ def best_of_all(scores: list[Tensor], keep: int) -> list[Tensor]:
     return _divided(chosen.sort().values, [s.numel() for s in scores])
 
 
-def allot(sites: list, score: Callable[..., Tensor], density: dict[str, float]) -> list:
-    """The sites that have some of the best entries, or groups of them, of all; these go into `stats["entries"]`.
+def allot(sites: list, score: Callable[..., Tensor], hypers: dict[str, dict]) -> dict[str, dict]:
+    """The plan (`Delta.plan`) of the sites that have some of the best entries, or groups of them, of all.
 
-    `score` gives a tensor for a site. How many are kept is what the `density` of each site, by path, comes to over all.
+    `score` gives a tensor for a site. How many are kept is what the `density` of each site comes to over all.
     """
     found = [score(s) for s in sites]
-    keep = max(1, round(sum(density[s.path] * one.numel() for s, one in zip(sites, found))))
-    return _given(sites, best_of_all(found, keep))
+    keep = max(1, round(sum(hypers[s.path]["density"] * one.numel() for s, one in zip(sites, found))))
+    return give(sites, best_of_all(found, keep), hypers)
 
 
 def allotted(site) -> Tensor:
@@ -93,7 +93,7 @@ def allotted(site) -> Tensor:
     return torch.zeros(len(site.saved.get("index", ())), dtype=torch.long)
 
 
-def allot_at_random(sites: list, keep: int) -> list:
+def allot_at_random(sites: list, keep: int, hypers: dict[str, dict]) -> dict[str, dict]:
     """`allot` for `keep` entries drawn at random: memory in proportion to their number."""
     sizes = [s.d_out * s.d_in for s in sites]
     if keep > sum(sizes):
@@ -101,12 +101,14 @@ def allot_at_random(sites: list, keep: int) -> list:
     found = torch.zeros(0, dtype=torch.long)
     while len(found) < keep:
         found = torch.cat([found, torch.randint(sum(sizes), (keep - len(found),))]).unique()
-    return _given(sites, _divided(found, sizes))
+    return give(sites, _divided(found, sizes), hypers)
 
 
-def only(hypers: dict[str, dict], sites: list) -> dict[str, dict]:
-    """The hyperparameters of these sites, as `Delta.plan` gives them."""
-    return {site.path: hypers[site.path] for site in sites}
+def give(sites: list, entries: list[Tensor], hypers: dict[str, dict]) -> dict[str, dict]:
+    """Put the flat positions of each site into its `stats["entries"]`; the plan of those that have some."""
+    for site, found in zip(sites, entries):
+        site.stats = site.stats | {"entries": found.to(site.where().device)}
+    return {site.path: hypers[site.path] for site, found in zip(sites, entries) if len(found)}
 
 
 def _divided(rising: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -114,9 +116,3 @@ def _divided(rising: Tensor, sizes: list[int]) -> list[Tensor]:
     ends = torch.tensor(sizes).cumsum(0)
     parts = rising.tensor_split(torch.searchsorted(rising, ends[:-1]).tolist() if len(sizes) > 1 else [])
     return [part - (end - size) for part, end, size in zip(parts, ends, sizes)]
-
-
-def _given(sites: list, entries: list[Tensor]) -> list:
-    for site, found in zip(sites, entries):
-        site.stats = site.stats | {"entries": found.to(site.where().device)}
-    return [site for site, found in zip(sites, entries) if len(found)]

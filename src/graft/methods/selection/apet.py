@@ -31,9 +31,7 @@ class APET(Entries, name="apet"):
 
     @classmethod
     def plan(cls, sites, hypers):
-        return selection.only(
-            hypers, selection.allot_at_random(sites, max(one["parameters"] for one in hypers.values()))
-        )
+        return selection.allot_at_random(sites, max(one["parameters"] for one in hypers.values()), hypers)
 
     def __init__(
         self, site, *, parameters: Annotated[int, "trained entries of all matrices together", Range(1)] = 10_000

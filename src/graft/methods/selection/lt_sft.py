@@ -38,9 +38,7 @@ class LTSFT(Entries, name="lt_sft"):
     @classmethod
     def plan(cls, sites, hypers):
         score = partial(selection.scores, "change")
-        return selection.only(
-            hypers, selection.allot(sites, score, {path: one["density"] for path, one in hypers.items()})
-        )
+        return selection.allot(sites, score, hypers)
 
     def __init__(
         self,

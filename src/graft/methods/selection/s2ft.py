@@ -54,9 +54,7 @@ class S2FT(Columns, name="s2ft"):
                 selection.scores(hypers[site.path]["choice"], site).sum(0).view(-1, hypers[site.path]["group"]).sum(1)
             )
 
-        return selection.only(
-            hypers, selection.allot(sites, score, {path: one["density"] for path, one in hypers.items()})
-        )
+        return selection.allot(sites, score, hypers)
 
     def __init__(
         self,

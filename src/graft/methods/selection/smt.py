@@ -49,9 +49,7 @@ class SMT(Blocks, name="smt"):
                 return blocks.mean((1, 3)).abs()
             return blocks.abs().mean((1, 3))
 
-        return selection.only(
-            hypers, selection.allot(sites, score, {path: one["density"] for path, one in hypers.items()})
-        )
+        return selection.allot(sites, score, hypers)
 
     def __init__(
         self,

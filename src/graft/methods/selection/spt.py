@@ -59,12 +59,10 @@ class SPT(Entries, name="spt"):
             raise GraftError(
                 f"spt: density gives {budget} parameters to {len(sites)} matrices, too few for one: raise it"
             )
-        kept = selection.allot(sites, lambda site: found[sites.index(site)].view(site.d_out, -1), {
-            s.path: low / len(order) for s in sites
-        })  # fmt: skip
+        plan = selection.give(sites, selection.best_of_all(found, low), hypers)
         for site, least in zip(sites, from_):
             site.stats["factors"] = len(site.stats["entries"]) >= least
-        return selection.only(hypers, kept)
+        return plan
 
     def __init__(
         self,

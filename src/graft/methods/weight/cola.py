@@ -3,14 +3,14 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Fresh, Paper
+from ...core.delta import Fresh, Paper
 from ...core.hyper import Range
+from .low_rank import LowRank
 
 
-class COLA(Delta, name="cola"):
+class COLA(LowRank, name="cola"):
     """W' = W + s (B_1 A_1 + ... + B_n A_n), trained one link after the other, n = links; s = alpha / rank.
 
     Training is divided evenly among the links. A [rank, in] is random (Kaiming uniform) and B [out, rank] zero at the
@@ -31,8 +31,6 @@ class COLA(Delta, name="cola"):
             "https://arxiv.org/abs/2401.04151",
         ),
     )
-    passes_x = True
-    by_factors = True
     ups = ("B",)
     small = dict(rank=2, links=2)
     past_A: Tensor
@@ -59,17 +57,6 @@ class COLA(Delta, name="cola"):
 
     def factors(self):
         return torch.cat([self.A, self.past_A]), self.scaling * torch.cat([self.B, self.past_B], 1)
-
-    def prepare(self, inner):
-        return self.factors()
-
-    def act(self, inner, x, A, B):
-        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.site.add_up(inner(x), self.site.down(z, A), B)
-
-    def weight(self, w):
-        A, B = self.factors()
-        return w + B @ A
 
     def begin(self, link: int, generator: torch.Generator) -> Fresh:
         """Keep the present link and begin the next one."""

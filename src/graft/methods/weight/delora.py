@@ -3,12 +3,12 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.formats.peft import As, Peft
 from ...core.hyper import Range
+from .low_rank import LowRank
 
 _LEAST = 1e-4  # the smallest norm that is divided by, as in PEFT
 
@@ -23,7 +23,7 @@ class _DeloraPeft(Peft):
         return {k: v for k, v in super().site_in(site, found, config).items() if k != "norms"}
 
 
-class DeLoRA(Delta, name="delora"):
+class DeLoRA(LowRank, name="delora"):
     """W' = W + (strength / rank) sum over i of b_i a_i^T diag(n) / (||b_i|| ||a_i||), n [in] the norms of W's columns.
 
     A [rank, in] with rows a_i is random (Kaiming uniform), B [out, rank] with columns b_i is zero, so that the adapted
@@ -41,8 +41,6 @@ class DeLoRA(Delta, name="delora"):
         ),
     )
     hosts = ("linear", "conv")
-    passes_x = True
-    by_factors = True
     small = dict(rank=2)
     peft = _DeloraPeft(
         "DELORA",
@@ -78,14 +76,3 @@ class DeLoRA(Delta, name="delora"):
     def factors(self):
         lengths = self.A.norm(dim=1).clamp_min(_LEAST) * self.B.norm(dim=0).clamp_min(_LEAST)
         return self.A * self.norms, self.B * (self.strength / len(self.A) / lengths)
-
-    def prepare(self, inner):
-        return self.factors()
-
-    def act(self, inner, x, A, B):
-        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.site.add_up(inner(x), self.site.down(z, A), B)
-
-    def weight(self, w):
-        A, B = self.factors()
-        return w + B @ A

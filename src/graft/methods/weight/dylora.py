@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from .low_rank import LowRank
 
 
-class DyLoRA(Delta, name="dylora"):
+class DyLoRA(LowRank, name="dylora"):
     """W' = W + alpha / b B[:, :b] A[:b], where b is drawn anew at each step, evenly from least_rank ... rank.
 
     A [rank, in] is random (Kaiming uniform) and B [out, rank] zero, so that the adapted model starts as the base. All
@@ -31,8 +32,6 @@ class DyLoRA(Delta, name="dylora"):
             "https://arxiv.org/abs/2210.07558",
         ),
     )
-    passes_x = True
-    by_factors = True
     ups = ("B",)
     small = dict(rank=3)
     lycoris = "it saves a trained DyLoRA as a LoRA; graft.convert makes one of this"
@@ -89,10 +88,6 @@ class DyLoRA(Delta, name="dylora"):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
         h = self.site.down(z, A)
         return self.site.add_up(inner(x), h if gates is None else self.site.scale(h, gates), B)
-
-    def weight(self, w):
-        A, B = self.factors()
-        return w + B @ A
 
     @classmethod
     def step(cls, deltas, progress):

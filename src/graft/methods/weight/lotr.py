@@ -3,15 +3,15 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.hyper import Range
+from .low_rank import LowRank
 from .tied import Tied
 
 
-class LoTR(Delta, name="lotr"):
+class LoTR(LowRank, name="lotr"):
     """W'_l = W_l + s B G_l A for the sites l, with B [out, rank] and A [rank, in] shared and G_l [rank, rank] of each.
 
     Stacked along l the changes are one tensor in Tucker form of two modes; rank (in + out) + L rank^2 parameters for L
@@ -22,8 +22,6 @@ class LoTR(Delta, name="lotr"):
     papers = (
         Paper("LoTR: Low Tensor Rank Weight Adaptation", "Bershatsky et al.", 2024, "https://arxiv.org/abs/2402.01376"),
     )
-    passes_x = True
-    by_factors = True
     small = dict(rank=2)
 
     @classmethod
@@ -47,14 +45,3 @@ class LoTR(Delta, name="lotr"):
     def factors(self):
         A, B = self.shared.of(self.site)
         return A, B @ (self.scaling * self.G)
-
-    def prepare(self, inner):
-        return self.factors()
-
-    def act(self, inner, x, A, B):
-        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.site.add_up(inner(x), self.site.down(z, A), B)
-
-    def weight(self, w):
-        A, B = self.factors()
-        return w + B @ A

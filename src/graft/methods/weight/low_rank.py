@@ -1,7 +1,8 @@
-"""What methods share that add a product of two thin matrices and have nothing more to say about it."""
+"""What methods share that add a product of two thin matrices."""
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.delta import Delta
@@ -12,6 +13,7 @@ class LowRank(Delta):
 
     passes_x = True
     by_factors = True
+    dropout = 0.0  # probability of dropping an input of the product
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -21,7 +23,8 @@ class LowRank(Delta):
 
     def act(self, inner, x, *factors):
         A, B = factors
-        return self.site.add_up(inner(x), self.site.down(x, A), B)
+        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.site.add_up(inner(x), self.site.down(z, A), B)
 
     def weight(self, w):
         A, B = self.factors()

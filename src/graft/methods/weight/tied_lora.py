@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.delta import Delta, Paper
+from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
+from .low_rank import LowRank
 from .tied import Tied
 
 
@@ -16,7 +17,7 @@ def _kaiming(t):
     return nn.init.kaiming_uniform_(t, a=5**0.5)
 
 
-class TiedLoRA(Delta, name="tied_lora"):
+class TiedLoRA(LowRank, name="tied_lora"):
     """W'_l = W_l + s diag(v_l) B diag(u_l) A for the sites l, with u_l [rank] and v_l [out] of each; s = alpha / rank.
 
     A [rank, in] and B [out, rank] are shared by the sites of one size [out, in], or each one's own if not `tied`.
@@ -37,7 +38,7 @@ class TiedLoRA(Delta, name="tied_lora"):
             "https://arxiv.org/abs/2311.09578",
         ),
     )
-    passes_x = True
+    by_factors = False  # they would be copies of A and B at each site
     small = dict(rank=2)
 
     @classmethod
@@ -88,7 +89,3 @@ class TiedLoRA(Delta, name="tied_lora"):
         if v is None:
             return self.site.add_up(inner(x), h, B)
         return inner(x) + self.site.scale(self.site.up(h, B), v)
-
-    def weight(self, w):
-        A, B = self.factors()
-        return w + B @ A
