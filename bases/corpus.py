@@ -7,9 +7,10 @@ Text that any machine holds that has Python and the packages of constraints.txt,
                tools and user interfaces
     generated  short exercises (generated.py)
 
-The tasks of the proving ground are made of the standard library's documented modules. Nothing of these modules is in
-the corpus, and neither is a text of another package that shares more than a tenth of its long lines with them (copies
-and backports). A text that stands twice is kept once.
+The tasks of the proving ground are made of the standard library's documented modules. No file of these modules is in
+the corpus, and neither is a text that shares more than a tenth of its long lines with one of them (copies and
+backports). What others write about them stays: the language reference describes the built-in types in other words than
+their docstrings, and the tests of the standard library call its functions. A text that stands twice is kept once.
 
 Every hundredth file of a package goes to validation.jsonl, every other hundredth to test.jsonl, all others to
 train.jsonl: one {"kind", "source", "text"} a line. manifest.json lists what each source gave, its version and its
@@ -167,6 +168,12 @@ def long_lines(text: str) -> list[str]:
     return [line for line in (" ".join(line.split()) for line in text.split("\n")) if len(line) >= 30]
 
 
+def copied(text: str, taken: set[str]) -> bool:
+    """Whether more than a tenth of its long lines are among those that the tasks are made of."""
+    lines = long_lines(text)
+    return sum(line in taken for line in lines) > 0.1 * len(lines)
+
+
 def licence(name: str) -> str:
     said = importlib.metadata.metadata(name)
     classifiers = [c.split(" :: ")[-1] for c in said.get_all("Classifier") or [] if c.startswith("License")]
@@ -220,9 +227,8 @@ def build(folder: Path) -> dict:
     for found in everything():
         text = found.text.strip()[:LONGEST] + "\n"
         words = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-        lines = long_lines(text)
         printable = sum(map(str.isascii, text)) > 0.95 * len(text)
-        if len(text) < SHORTEST or words in seen or not printable or sum(x in taken for x in lines) > 0.1 * len(lines):
+        if len(text) < SHORTEST or words in seen or not printable or copied(text, taken):
             continue
         seen.add(words)
         kept[split_of(found.file)][found.kind].append(found._replace(text=text))

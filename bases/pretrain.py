@@ -46,7 +46,8 @@ def tokens(corpus: Path, split: str, tokenizer: Any, kind: str | None = None) ->
 
 def windows(data: np.ndarray, length: int, batch: int, seed: int, first: int) -> Iterator[Tensor]:
     """Batches [batch, length + 1] of windows without end, from the batch with number `first` on."""
-    per_epoch = (len(data) - length) // (length + 1) // batch
+    if not (per_epoch := (len(data) - length) // (length + 1) // batch):
+        raise SystemExit(f"{len(data):,} tokens are too few for {batch} windows of {length}: take a larger corpus")
     for number in itertools.count(first):
         epoch, place = divmod(number, per_epoch)
         draw = np.random.default_rng([seed, epoch])
@@ -186,6 +187,7 @@ def train(recipe: dict[str, Any], corpus: Path, tokenizer: Any, folder: Path, de
                     said = run.held_out(checks)
                     row = {
                         "step": run.step, "train": round(float(np.mean(losses)), 4), "seconds": round(run.seconds),
+                        "threads": torch.get_num_threads(),
                         **{kind: round(loss, 4) for kind, loss in said.items()},
                     }  # fmt: skip
                     with open(log, "a") as file:

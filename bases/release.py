@@ -81,7 +81,7 @@ def measure(models: dict[str, Any], corpus: Path, tokenizer: Any) -> dict[str, d
     return found
 
 
-def release(file: Path, corpus: Path, tokenizer: Any, folder: Path, threads: int) -> Path:
+def release(file: Path, corpus: Path, tokenizer: Any, folder: Path) -> Path:
     """Measure and publish the finished run in `folder`."""
     recipe = yaml.safe_load(file.read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -113,7 +113,7 @@ def release(file: Path, corpus: Path, tokenizer: Any, folder: Path, threads: int
             "optimizer": "Muon for the matrices of the blocks, AdamW for the rest",
             "learning rate": recipe["learning_rate"],
             "seconds": log[-1]["seconds"],
-            "threads": threads,
+            "threads": log[-1]["threads"],
             "torch": torch.__version__,
         },
         "measured": measure({recipe["name"]: model, "untrained": untrained}, corpus, tokenizer),
@@ -126,10 +126,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("recipe", "corpus", "tokenizer", "folder"):
         parser.add_argument(name, type=Path)
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of this run, and said to be the training's"
-    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found = PreTrainedTokenizerFast.from_pretrained(given.tokenizer)
-    print(release(given.recipe, given.corpus, found, given.folder, given.threads))
+    print(release(given.recipe, given.corpus, found, given.folder))

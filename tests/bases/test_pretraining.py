@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -140,3 +141,15 @@ def test_no_file_of_the_tasks_is_a_source_of_the_corpus():
     modules = {name for name, _ in chapters.sources()}
     files = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file, _ in corpus.library_files()}
     assert files and not files & modules
+
+
+def test_copies_of_what_the_tasks_are_made_of_are_seen():
+    from graft.tasks import chapters, code
+
+    taken = {line for _, source in chapters.sources() for line in corpus.long_lines(source.decode("utf-8", "replace"))}
+    for function in code.functions()[:200]:
+        if corpus.long_lines(function.code):
+            assert corpus.copied(function.code, taken)
+            assert corpus.copied(textwrap.indent(function.code, "        "), taken)
+    assert not corpus.copied("A sentence of this very test, which no module of the library has.", taken)
+    assert not corpus.copied("", taken)

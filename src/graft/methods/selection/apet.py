@@ -15,8 +15,8 @@ class APET(Entries, name="apet"):
     of parameters at any positions, however the matrices are divided. It is the baseline for every other choice, and
     with numbers from one on a meter of how few a task takes.
 
-    From the paper (section 3, arXiv 2306.02320, first called "Arbitrary Few Parameters are Good Enough for Adapting
-    Large-scale Pre-trained Language Models"), which also fixes the numbers to those of other methods.
+    From the abstract of the paper, first called "Arbitrary Few Parameters are Good Enough for Adapting Large-scale
+    Pre-trained Language Models"; its full text could not be read.
     """
 
     papers = (

@@ -21,7 +21,8 @@ class QGOFT(Delta, name="qgoft"):
 
     The formulas and the penalty are the paper's, the order of the levels and of their planes that of the first version
     of the authors' code (github.com/ArthurLeoM/peft-givens). That code takes pi tanh(.) of its parameters for angles
-    and, with strict rotations, may scale the inputs too. The paper tunes gamma and has no default.
+    and, with strict rotations, may scale the inputs too; its second version pairs neighbours at every level, unlike
+    equation 3 of the paper. The paper tunes gamma and has no default.
     """
 
     papers = (
