@@ -282,7 +282,7 @@ def saved_bytes(run):
 def lm(tokenizer, sentences, dtype=torch.float32, **options):
     model = models.llama(dtype, layers=4)
     graft.attach(model, graft.LoRA(rank=2))
-    examples = [{"text": t} for t in sentences(8, longest=50)]
+    examples = [{"text": t} for t in sentences(8, longest=100)]
     result = fit(model, examples, processor=tokenizer, **{"steps": 1, "learning_rate": 1e-2, **QUIET, **options})
     return model, result
 
@@ -303,6 +303,27 @@ def test_checkpointing_keeps_less_and_computes_the_same(tokenizer, sentences):
     a, b = (bits(lm(tokenizer, sentences, steps=3, checkpointing=c)[0]) for c in (False, True))
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert not lm(tokenizer, sentences, checkpointing=True)[0].is_gradient_checkpointing
+
+
+def test_bf16_on_a_cpu_trains_with_plain_attention_and_the_model_keeps_its_own(tokenizer, sentences):
+    seen = set()
+
+    def run(longest, **options):
+        model = models.llama(torch.bfloat16, layers=1)
+        graft.attach(model, graft.LoRA(rank=2))
+        model.config._attn_implementation = "sdpa"
+        model.register_forward_pre_hook(lambda m, a: seen.add(m.config._attn_implementation))
+        examples = [{"text": t} for t in sentences(8, longest=longest)]
+        fit(model, examples, processor=tokenizer, **{"steps": 1, "learning_rate": 1e-2, **QUIET, **options})
+        assert model.config._attn_implementation == "sdpa"
+        found = set(seen)
+        seen.clear()
+        return found
+
+    assert run(50) == {"eager"}
+    assert run(50, precision="fp32") == {"sdpa"}
+    assert run(100) == {"sdpa"}
+    assert run(50, packing=True) == {"sdpa"}
 
 
 # Records

@@ -62,6 +62,17 @@ def test_losses_are_those_of_transformers(tokenizer, sentences):
         assert loss.item() == pytest.approx(theirs.item(), rel=1e-5), name
 
 
+def test_the_head_computes_only_where_a_row_carries_loss(tokenizer):
+    model, rows = models.llama(), [{"prompt": "a b c d", "completion": " e"}, {"prompt": "a b", "completion": " c d"}]
+    task = task_for("causal-lm", model, tokenizer)
+    batch = task.collate(task.features(rows))
+    places = (batch["labels"][:, 1:] != -100).any(0).sum()
+    shapes = []
+    model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape[:2]))
+    task.loss(model, batch)
+    assert shapes == [(2, places)] and places < batch["input_ids"].shape[1] - 1
+
+
 def test_auto_goes_by_the_columns():
     cases = {
         "classification": {"text": "a", "label": "x", "extra": 1},

@@ -13,16 +13,16 @@ from ..core.recipe import Recipe, method
 from ..training.messages import nearest
 from .single import CONTROLS
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2)
 # Where the default grid would miss the best rate: few numbers that scale or shift activations want larger steps, all
 # parameters at once smaller ones.
 OTHER_RATES: dict[str, tuple[float, ...]] = {
-    "full-fine-tuning": (1e-4, 3e-4, 1e-3, 3e-3),
-    "linear-probe": (1e-3, 3e-3, 1e-2, 3e-2),
-    "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
-    "bitfit": (1e-3, 3e-3, 1e-2, 3e-2),
-    "ln_tuning": (1e-3, 3e-3, 1e-2, 3e-2),
-    "prompt_tuning": (3e-3, 1e-2, 3e-2, 1e-1),
+    "full-fine-tuning": (3e-4, 1e-3, 3e-3),
+    "linear-probe": (3e-3, 1e-2, 3e-2),
+    "ia3": (3e-3, 1e-2, 3e-2),
+    "bitfit": (3e-3, 1e-2, 3e-2),
+    "ln_tuning": (3e-3, 1e-2, 3e-2),
+    "prompt_tuning": (1e-2, 3e-2, 1e-1),
 }
 METHODS = ("full-fine-tuning", "lora", "dora", "ia3", "houlsby", "prompt_tuning", "bitfit", "ln_tuning")
 

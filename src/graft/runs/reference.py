@@ -90,6 +90,7 @@ def tuning(
         "steps": steps or usual.steps,
         "batch_size": batch_size or usual.batch_size,
         "max_length": max_length or usual.max_length,
+        "precision": usual.precision,
         **({"columns": dict(usual.columns)} if usual.columns else {}),
         **TRAINING,
     }

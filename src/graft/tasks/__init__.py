@@ -82,6 +82,7 @@ class Reference:
     batch_size  examples in one of them
     max_length  tokens of an example, at most; None: what the model takes
     rows        of validation and of test, as many as are measured at most
+    precision   of the products in training; parameters are float32
     columns     {name that is needed: name in the rows}
     """
 
@@ -90,6 +91,7 @@ class Reference:
     batch_size: int = 16
     max_length: int | None = None
     rows: int = 256
+    precision: str = "bf16"
     columns: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -113,6 +113,27 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
+def plain_attention(model: nn.Module, device: torch.device, bf16: bool, longest: int) -> Iterator[None]:
+    """On a CPU in bfloat16, short attention that is not fused.
+
+    longest   tokens of an example; 1: unknown, as of images
+
+    torch's fused one takes longer backward there (`benchmarks/attention.py`), and saves little memory while rows are
+    short.
+    """
+    config: Any = getattr(model, "config", None)
+    fused = getattr(config, "_attn_implementation", None) == "sdpa"
+    if not (bf16 and device.type == "cpu" and fused and 1 < longest < 64):
+        yield
+        return
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+
+@contextmanager
 def within_memory(device: torch.device, batch_size: int) -> Iterator[None]:
     """Say what helps when memory runs out."""
     try:

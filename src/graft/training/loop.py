@@ -25,6 +25,7 @@ from .guards import (
     check_settings,
     check_trackers,
     not_finite,
+    plain_attention,
     recomputing,
     training_mode,
     within_memory,
@@ -226,7 +227,9 @@ def fit(
         report = Report(accelerator, total, output=run, progress=progress, history=history)
         memory, seconds = PeakMemory(device), []
 
-        with recomputing(model, checkpointing), training_mode(model), within_memory(device, batch_size):
+        longest = max(length(features, i) for i in range(len(features)))
+        plain = plain_attention(model, device, bf16 and not packing, longest)
+        with recomputing(model, checkpointing), training_mode(model), within_memory(device, batch_size), plain:
             batches = plan.stream(step, gradient_accumulation, rank, ranks)
             for picked in islice(batches, 0 if stopped else total - step):
                 begun = time.perf_counter()

@@ -1,5 +1,6 @@
 """Predicting the next token."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class CausalLM(TokenLoss):
         super().__init__(model, processor, **options)
         config = getattr(model, "config", None)
         self.options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.attention = getattr(config, "_attn_implementation", None) or "eager"
         if self.packing and not (self.attention in ("eager", "sdpa") or self.attention.startswith("flash")):
             raise GraftError(
@@ -84,7 +86,11 @@ class CausalLM(TokenLoss):
         )
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return outputs_of(model, batch, **self.options)[:, :-1][batch["labels"][:, 1:] != IGNORED]
+        wanted = batch["labels"][:, 1:] != IGNORED
+        if not self.selects:
+            return outputs_of(model, batch, **self.options)[:, :-1][wanted]
+        places = wanted.any(0).nonzero().flatten()  # where some row carries loss: the head computes nothing elsewhere
+        return outputs_of(model, batch, **self.options, logits_to_keep=places)[wanted[:, places]]
 
     def predict(self, model: nn.Module, examples: Examples, **generation: Any) -> list[str]:
         """Continuations of `prompt`, of `messages` without the last answer, or of `text`; greedy by default."""
