@@ -113,7 +113,7 @@ class Task(ABC):
     splits: ClassVar[dict[str, str]]
     metrics: ClassVar[tuple[Metric, ...]] = (exact_match,)
     target: ClassVar[str] = "completion"
-    reference: ClassVar[Reference] = Reference(base="graft:seedling", steps=200)
+    reference: ClassVar[Reference] = Reference(base="graft:seedling", steps=120)
     portable: ClassVar[bool] = True
     digest: ClassVar[str] = ""
 
