@@ -91,7 +91,7 @@ class Reference:
     batch_size: int = 16
     max_length: int | None = None
     rows: int = 256
-    precision: str = "bf16"
+    precision: str = "fp32"
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -113,7 +113,7 @@ class Task(ABC):
     splits: ClassVar[dict[str, str]]
     metrics: ClassVar[tuple[Metric, ...]] = (exact_match,)
     target: ClassVar[str] = "completion"
-    reference: ClassVar[Reference] = Reference(base="graft:seedling", steps=120)
+    reference: ClassVar[Reference] = Reference(base="graft:seedling-small", steps=120)
     portable: ClassVar[bool] = True
     digest: ClassVar[str] = ""
 

@@ -37,7 +37,7 @@ class Code(Task):
     name = "code"
     sources = "the running interpreter's standard library, its modules in Python"
     licence = "PSF-2.0"
-    reference = Reference(base="graft:seedling", steps=40, batch_size=8, max_length=256)
+    reference = Reference(base="graft:seedling-small", steps=40, batch_size=8, max_length=256)
     splits = {
         "train": "functions to learn from",
         "validation": "functions of other modules",

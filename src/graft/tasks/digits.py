@@ -24,7 +24,7 @@ class Digits(Task):
     sources = "Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49, "
     sources += "its test part, as scikit-learn holds it (load_digits)"
     licence = "CC-BY-4.0"
-    reference = Reference(base="graft:sprout", steps=150, batch_size=32, rows=512, precision="fp32")
+    reference = Reference(base="graft:sprout", steps=150, batch_size=32, rows=512)
     splits = {
         "train": "images to learn from",
         "validation": "images to choose settings with",

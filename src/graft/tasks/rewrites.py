@@ -33,7 +33,7 @@ class Rewrites(Task):
     name = "rewrites"
     sources = "generated"
     licence = "CC0-1.0"
-    reference = Reference(base="graft:seedling", steps=120)
+    reference = Reference(base="graft:seedling-small", steps=120)
     splits = {
         "train": "instructions with the rules to learn from",
         "validation": "rules that no other split has",
