@@ -38,7 +38,7 @@ def test_decomposes_as_the_published_procedure_does(shape, rounds):
     torch.manual_seed(2)
     V = torch.randn(1, shape[1]).double().numpy()
     W, rest = w.numpy(), None
-    for n in range(rounds):
+    for _ in range(rounds):
         S = np.zeros(shape)
         for _ in range(2):
             U = np.linalg.qr((W - S) @ V.T)[0]
