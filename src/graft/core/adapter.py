@@ -537,6 +537,14 @@ class Adapter:
         """
         return self.recipe.method.step(self._own(), progress) or {}
 
+    def aside(self, count: int) -> int:
+        """How many of `count` training examples a run keeps from training, for `review`."""
+        return self.recipe.method.aside(self._own(), count)
+
+    def review(self, progress: float, trial: Any) -> Fresh:
+        """Let the method compare losses before `step`, see `Delta.review`; what comes back is as there."""
+        return self.recipe.method.review(self._own(), progress, trial) or {}
+
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, if the method has one."""
         return self.recipe.method.penalty(self._own())

@@ -209,6 +209,23 @@ class Delta(nn.Module, metaclass=_MethodType):
         optimiser had never seen them.
         """
 
+    @classmethod
+    def aside(cls, deltas: list, count: int) -> int:
+        """How many of `count` training examples a run keeps from training, for `review`."""
+        return 0
+
+    @classmethod
+    def review(cls, deltas: list, progress: float, trial: Any) -> Fresh | None:
+        """Compare losses, for methods with examples `aside`: at each step, after clipping and before `step`.
+
+            trial.loss()                         the mean loss over the examples aside, in evaluation mode
+            trial.gradients(parameters, aside)   of the mean loss over this step's data, or over a batch of those aside
+            trial.learning_rate                  of the step
+
+        What is computed twice in a step meets the same dropout. Gradients may be set and values changed; what is given
+        is as in `step`.
+        """
+
     def loaded(self) -> None:
         """Called when tensors were set from a file or a checkpoint: for settings that follow from them."""
 

@@ -79,6 +79,11 @@ def held_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     count = round(len(examples) * fraction)
     if not 0 < count < len(examples):
         raise GraftError(f"validation={fraction} of {len(examples)} examples leaves one of the two parts empty")
+    return divided(examples, count, seed)
+
+
+def divided(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """The rest, and `count` examples drawn at random, both in their order."""
     order = np.random.default_rng(seed).permutation(len(examples))
     return take(examples, sorted(order[count:].tolist())), take(examples, sorted(order[:count].tolist()))
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..core.errors import GraftError
 from . import checkpoints, optimizers, resumption
 from .batches import Plan
 from .clipping import clip_components
-from .data import held_out, read
+from .data import divided, held_out, read
 from .evaluation import choose, half, length, measure, processor_of
 from .guards import (
     check_packing,
@@ -34,6 +34,7 @@ from .messages import nearest
 from .objectives import name_classes
 from .report import PeakMemory, Report
 from .schedules import schedule as schedule_called
+from .trial import Aside
 
 
 @dataclass
@@ -167,13 +168,19 @@ def fit(
         examples, held = held_out(examples, validation, seed)
     elif validation is not None:
         held = read(validation, split="validation", columns=columns)
+    trained = resumption.trained_adapters(model).values()
+    kept = max((adapter.aside(len(examples)) for adapter in trained), default=0)
+    if kept >= len(examples):
+        raise GraftError(f"of {len(examples)} training examples {kept} are kept aside for the method: more are needed")
+    examples, apart = divided(examples, kept, seed) if kept else (examples, None)
     task = choose(objective, examples, model)(
         model, processor_of(model, processor), max_length=max_length, labels=labels, packing=packing
     )
     deciding = metric or next(iter(task.metrics))
     if deciding not in task.metrics:
         raise GraftError(f"{task.name} has no metric {deciding!r}: {nearest(deciding, task.metrics)}")
-    features, tested = task.features(examples), None if held is None else task.features(held)
+    features = task.features(examples)
+    tested, apart = (None if some is None else task.features(some) for some in (held, apart))
     name_classes(model, task.labels)
     plan = Plan([length(features, i) for i in range(len(features))], batch_size, seed=seed, grouped=length_grouping)
 
@@ -185,7 +192,6 @@ def fit(
     total = steps or max(1, math.ceil(epochs * per_epoch))
     eval_every, save_every = eval_every or per_epoch, save_every or per_epoch
     factor, warm = schedule_called(schedule), min(warmup if warmup < 1 else warmup / total, 0.999)
-    trained = resumption.trained_adapters(model).values()
     for adapter in trained:
         adapter.task = task.task(model)
     heads = [p for a in trained for path, _ in a.heads for p in a.deltas[path].parameters()]
@@ -197,6 +203,11 @@ def fit(
 
     def total_of(value: Any) -> Any:
         return accelerator.reduce(torch.as_tensor(value, device=device)) if ranks > 1 else value
+
+    def summed(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = {k: v.to(device) for k, v in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return task.loss(module, batch)[0]
 
     def worth(scores: dict[str, float]) -> tuple[float, ...]:
         """More is better; where the metric does not decide, the loss does."""
@@ -217,7 +228,8 @@ def fit(
         set_seed(seed, device_specific=True)
         step, waiting, stopped, history = 0, 0, False, []
         best: dict[str, Any] | None = None
-        identity = resumption.identity(settings, optimizer_options or {}, task.name, (features, tested), model, ranks)
+        seen = chain(features, apart or ()), tested
+        identity = resumption.identity(settings, optimizer_options or {}, task.name, seen, model, ranks)
         if run and (saved := resumption.earlier(run, resume, identity, accelerator.is_main_process)):
             step, best, waiting, stopped = (saved[k] for k in ("step", "best", "waiting", "stopped"))
             history = resumption.history(run, saved["records"])
@@ -226,6 +238,11 @@ def fit(
             checkpoints.set_random_state(saved["random"][rank], device)
         report = Report(accelerator, total, output=run, progress=progress, history=history)
         memory, seconds = PeakMemory(device), []
+        aside = None
+        if apart is not None:
+            apart_plan = Plan([length(apart, i) for i in range(len(apart))], batch_size, seed=seed)
+            stream = apart_plan.stream(step, gradient_accumulation, rank, ranks)
+            aside = Aside(accelerator, model, task, apart, apart_plan, stream, lambda batch: summed(model, batch))
 
         longest = max(length(features, i) for i in range(len(features)))
         plain = plain_attention(model, device, bf16 and not packing, longest)
@@ -238,9 +255,7 @@ def fit(
                 losses = []
                 for number, batch in enumerate(micros, 1):
                     with nullcontext() if number == len(micros) else accelerator.no_sync(wrapped):
-                        batch = {k: v.to(device) for k, v in batch.items()}
-                        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                            loss = task.loss(wrapped, batch)[0] / terms
+                        loss = summed(wrapped, batch) / terms
                         if not loss.requires_grad:
                             raise GraftError(
                                 "the loss depends on nothing that is trained: graft.verify(model, batch) tells what a "
@@ -258,10 +273,14 @@ def fit(
                     raise not_finite(loss, norm, step + 1, picked, losses, step // per_epoch + 1)
                 if clip and clip_by == "component":
                     clip_components(trainable, clip)
+                rate = factor((step + 0.5) / total, warm)
+                trial = None if aside is None else aside.trial(micros, rate * learning_rate)
                 for adapter in trained:
+                    if trial is not None:
+                        optimizers.forget(tuner.optimizer, adapter.review((step + 1) / total, trial))
                     optimizers.forget(tuner.optimizer, adapter.step((step + 1) / total))
                 for group in tuner.param_groups:
-                    group["lr"] = group["peak"] * factor((step + 0.5) / total, warm)
+                    group["lr"] = group["peak"] * rate
                 tuner.step()
                 tuner.zero_grad(set_to_none=True)
                 step += 1

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def set_tensors(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def identity(
-    settings: Mapping[str, Any], options: Mapping[str, Any], task: str, data: Sequence[Sequence[dict] | None],
+    settings: Mapping[str, Any], options: Mapping[str, Any], task: str, data: Sequence[Iterable[dict] | None],
     model: nn.Module, processes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What two runs must have in common to come to the same bits."""
@@ -101,7 +101,7 @@ def history(run: Path, records: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _digest(features: Sequence[dict] | None) -> str:
+def _digest(features: Iterable[dict] | None) -> str:
     digest = hashlib.sha256()
     for feature in features or ():
         for name, value in feature.items():

@@ -164,8 +164,4 @@ class AdaLoRA(Triplets, name="adalora"):
 
     @classmethod
     def penalty(cls, deltas):
-        def away(gram):
-            return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-
-        terms = [away(g) for d in deltas for g in (d.P.T @ d.P, d.Q @ d.Q.T)]
-        return deltas[0].gamma * torch.stack(terms).mean()
+        return deltas[0].gamma * cls.skew(deltas)
