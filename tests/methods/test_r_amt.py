@@ -5,12 +5,12 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_layer import adapted, linear
 from torch import nn
 
 import graft
 from graft.methods.selection.r_amt import pack, unpack
 from models import llama, move, tokens
-from one_layer import adapted, linear
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 99))
@@ -80,5 +80,5 @@ def test_bits_for_another_shape_are_refused(tmp_path):
 
 
 def test_a_start_that_is_no_base_is_refused():
-    with pytest.raises(graft.GraftError, match="start must be above threshold = 0.005, not 0.005"):
+    with pytest.raises(graft.GraftError, match="start must be above threshold"):
         graft.attach(nn.Sequential(nn.Linear(4, 4)), graft.RAMT(start=5e-3), "0")

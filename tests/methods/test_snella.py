@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_layer import adapted, linear
 from torch import nn
 
 import graft
 from graft.methods.selection.snella import shared_out
-from one_layer import adapted, linear
 
 
 def reference(delta):

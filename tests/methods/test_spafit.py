@@ -13,7 +13,7 @@ def test_only_what_the_depth_is_given_changes(tmp_path):
     graft.attach(model, graft.LoRA(rank=2), "qv in blocks[2:]", name="updates", heads=["classifier"])
     reached = []
     for block in model.bert.encoder.layer:
-        block.register_forward_hook(lambda _, args, out: reached.append((out[0] if type(out) is tuple else out)))
+        block.register_forward_hook(lambda _, args, out: reached.append(out[0] if type(out) is tuple else out))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
     for step in range(2):  # B of a low-rank update is zero in the first
         model(tokens(seed=step), labels=torch.tensor([0, 1, 2])).loss.backward()

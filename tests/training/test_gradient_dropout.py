@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from small import Tokenizer
 from torch import nn
 
 import graft
 from graft.core.errors import GraftError
 from graft.training.gradient_dropout import GradientDropout
 from models import bert, llama, tokenizer
-from small import Tokenizer
 
 
 def test_entries_stay_with_the_probability_of_their_agreement():
@@ -69,5 +69,5 @@ def test_what_it_has_no_meaning_for_is_refused():
     with pytest.raises(GraftError, match="objectives over classes or tokens, not for regression"):
         graft.fit(model, data, objective="regression", gradient_dropout=1, **run)
     for value in (0, 1.5):
-        with pytest.raises(GraftError, match="gradient_dropout is .*, not"):
+        with pytest.raises(GraftError, match=r"gradient_dropout is .*, not"):
             graft.fit(model, data, objective="regression", gradient_dropout=value, **run)
