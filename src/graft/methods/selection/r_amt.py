@@ -69,7 +69,7 @@ class RAMT(Delta, name="r_amt"):
     def unpacked(cls, tensors, site, hyper):
         bits, start, threshold = tensors.get("bits"), hyper["start"], hyper["threshold"]
         shape = site.d_out, (site.d_in + 7) // 8
-        if tensors.keys() != {"bits"} or bits.shape != shape or bits.dtype != torch.uint8:
+        if bits is None or len(tensors) > 1 or bits.shape != shape or bits.dtype != torch.uint8:
             raise GraftError(f"r_amt: {site.path} must have one tensor, bits {[*shape]} of bytes: another base?")
         return {"s": torch.where(unpack(bits, site.d_in), start, 2 * threshold - start)}
 
