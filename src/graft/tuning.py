@@ -44,7 +44,7 @@ def tune(
     data: Any,
     *,
     method: Any = "lora",
-    targets: str | Sequence[str] | None = None,
+    targets: str | Mapping[str, Any] | Sequence[str] | None = None,
     heads: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -61,7 +61,8 @@ def tune(
     method     graft.LoRA(rank=8), or the name of a method; a list of these is a chain, innermost first, whose adapters
                are called like their methods and saved as one folder
     targets    modules to adapt: a preset (all-linear, attention, mlp, qv, blocks, ...), regular expressions over the
-               paths of modules, or a list of them; by default what each method is made for
+               paths of modules, or a list of them; {name of an adapter: its targets} where those of a chain differ; by
+               default what each method is made for
     heads      modules to train whole beside the method (the outermost one), named like targets; by default those which
                the checkpoint lacks, such as a new classifier
     output     folder for what is learnt; it must not exist. Until it is complete, the run has a folder beside it, with
@@ -89,9 +90,11 @@ def tune(
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
     chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
+    if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
+        raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
     for name, recipe in chain.items():
-        cls, where, stats = recipe.method, targets, None
-        if targets is None and cls.targets == "head" and base.heads:
+        cls, where, stats = recipe.method, targets.get(name) if isinstance(targets, Mapping) else targets, None
+        if where is None and cls.targets == "head" and base.heads:
             where, base.heads = base.heads, []  # the method itself is for heads
         hosts = dict(resolve(base.model, where or cls.targets, cls.hosts))
         asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())

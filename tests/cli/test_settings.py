@@ -43,6 +43,8 @@ def test_a_text_becomes_the_value_that_fits(name, text, value):
         ("q_proj,v_proj", ["q_proj", "v_proj"]),
         (r"layers\.[0-9]{1,2}\.mlp", r"layers\.[0-9]{1,2}\.mlp"),
         (r"layers\.(0|1),qv", [r"layers\.(0|1)", "qv"]),
+        ("bitfit=norms in blocks[4:],lora=qv", {"bitfit": "norms in blocks[4:]", "lora": "qv"}),
+        (r"(?=.*q)\w+", r"(?=.*q)\w+"),
     ],
 )
 def test_targets_may_be_listed_with_commas(text, value):

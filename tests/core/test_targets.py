@@ -559,3 +559,30 @@ def test_patterns_fit_whole_paths_or_suffixes(tree, picks, sharing):
     else:
         assert got(picks) == []
     assert got(lambda p, m: isinstance(m, nn.Linear)) == list(first.values())
+
+
+def test_a_part_of_the_blocks_holds_presets_and_patterns_to_a_depth():
+    model = build("LlamaForCausalLM", num_hidden_layers=4)
+    of = lambda layers, *names: [f"model.layers.{i}.{name}" for i in layers for name in names]
+    q, v, down = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
+    assert paths(model, "qv in blocks[2:]") == of([2, 3], q, v)
+    assert paths(model, "qv in blocks[-3:-1]") == of([1, 2], q, v)
+    assert paths(model, ["down_proj in blocks[:1]", "q_proj in blocks[3:]"]) == of([0], down) + of([3], q)
+    assert paths(model, r"model\.layers\.[012]\..*[qv]_proj in blocks[1:]") == of([1, 2], q, v)
+    assert paths(model, "norms in blocks[3:]", ("norm",)) == of([3], "input_layernorm", "post_attention_layernorm")
+    assert paths(model, "qv[:3] in blocks[1:]") == of([1], q)  # the first three are q and v of block 0 and q of block 1
+    assert paths(model, "all-linear in blocks[:]") == paths(model, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("head in blocks[1:]", "'head' picks nothing in blocks[1:]"),
+        (r"layers\.0\..* in blocks[1:]", "picks nothing in blocks[1:]"),
+        ("qv in blocks[9:]", "'blocks[9:]' is empty: LlamaForCausalLM has 2 there"),
+        ("qurey in blocks[1:]", "no module of LlamaForCausalLM matches 'qurey'"),
+    ],
+)
+def test_a_depth_with_nothing_there_is_refused(targets, message):
+    with pytest.raises(GraftError, match=re.escape(message)):
+        resolve(build("LlamaForCausalLM"), targets)

@@ -219,5 +219,11 @@ def test_one_method_twice_is_numbered(tmp_path, tokenizer, sentences):
     twice = [graft.LoRA(rank=2), graft.LoRA(rank=3)]
     done = graft.tune(tmp_path / "base", texts, method=twice, steps=1, progress=False)
     assert {n: a.recipe.hyper["rank"] for n, a in done.adapters.items()} == {"lora": 2, "lora-2": 3}
+    with pytest.raises(GraftError, match="targets: no adapter is called 'ia3'; there are lora, lora-2"):
+        graft.tune(tmp_path / "base", texts, method=twice, targets={"lora": "qv", "ia3": "mlp"}, steps=1)
+    table = {"lora": "q_proj in blocks[1:]", "lora-2": ["k_proj in blocks[1:]", "v_proj"]}
+    done = graft.tune(tmp_path / "base", texts, method=twice, targets=table, steps=1, progress=False)
+    found = [[path.partition("layers.")[2] for path in a.deltas] for a in done.adapters.values()]
+    assert found == [["1.self_attn.q_proj"], ["0.self_attn.v_proj", "1.self_attn.k_proj", "1.self_attn.v_proj"]]
     with pytest.raises(GraftError, match="empty list"):
         graft.tune(tmp_path / "base", texts, method=[])

@@ -96,10 +96,10 @@ class Setting:
         readings = [load_yaml(given), given, [load_yaml(part) for part in parts]]
         if given.lower() == "none":
             readings.insert(0, None)
-        if self._takes(Mapping) and all(equals for _, equals, _ in pairs):
-            readings.insert(0, {k.strip(): load_yaml(v) for k, _, v in pairs})
         if self._takes(Sequence) and len(parts) > 1:
             readings.insert(0, readings[-1])
+        if self._takes(Mapping) and all(equals and re.fullmatch(r"[\w-]+", k.strip()) for k, equals, _ in pairs):
+            readings.insert(0, {k.strip(): load_yaml(v) for k, _, v in pairs})
         return readings
 
 

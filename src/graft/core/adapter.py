@@ -500,6 +500,11 @@ class Adapter:
         """{"path:tensor": value}; "*:tensor" for what the sites share."""
         return {f"{path}:{k}": v for path, m in self.modules().items() for k, v in m.state_dict().items()}
 
+    def packed(self) -> dict[str, Tensor]:
+        """`state_dict` as our own files hold it."""
+        own = {p: m.packed() if isinstance(m, Delta) else m.state_dict() for p, m in self.modules().items()}
+        return {f"{path}:{k}": v for path, tensors in own.items() for k, v in tensors.items()}
+
     def load_state_dict(self, state: dict[str, Tensor], assign: bool = False) -> None:
         """Copy values in; names and shapes must be those of `state_dict`, otherwise nothing is changed.
 

@@ -226,6 +226,15 @@ class Delta(nn.Module, metaclass=_MethodType):
         is as in `step`.
         """
 
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors by name as our own files hold them, where less than `state_dict` will do."""
+        return self.state_dict()
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], site: Any, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of `state_dict` from those of `packed`."""
+        return tensors
+
     def loaded(self) -> None:
         """Called when tensors were set from a file or a checkpoint: for settings that follow from them."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from .adapter import HEADS, NAME, Adapter, activate, adapters, registry, unwrapped
+from .adapter import HEADS, NAME, Adapter, activate, adapters, registry, tensors_by_path, unwrapped
 from .card import card, chain_card, class_name
 from .delta import Delta, base_modules, is_finite
 from .errors import GraftError
@@ -43,6 +43,7 @@ from .formats import FORMATS, Fingerprints, Format, Saved, file_names
 from .formats import load as load_formats
 from .hyper import hyperparameters
 from .recipe import ByPath, Recipe, method
+from .site import site_for
 from .targets import resolve
 
 FORMAT = 1  # raised when the layout of the folder changes
@@ -259,10 +260,10 @@ class _Graft(Format, name="graft"):
         saved = _from_graft(parts[CONFIG], parts[TENSORS])
         if self.prints is not None:
             _check_base(model, parts[CONFIG], self.prints)
-        return saved
+        return _unpacked(model, saved)
 
     def write(self, adapter, base):
-        tensors = tensor_bytes(adapter.state_dict())
+        tensors = tensor_bytes(adapter.packed())
         config = _config(adapter, base, self.prints or fingerprints(adapter.model)) | {
             "tensors_crc32": zlib.crc32(tensors)
         }
@@ -431,6 +432,17 @@ def _from_graft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         _DTYPES[config["dtype"]],
         config.get("task", {}),
     )
+
+
+def _unpacked(model: nn.Module, saved: Saved) -> Saved:
+    """With the tensors that deltas need, from those that they keep in a file."""
+    cls, modules, tensors = saved.recipe.method, base_modules(model), {}
+    for path, own in tensors_by_path(saved.tensors).items():
+        if path in saved.modules and path in modules:
+            site = site_for(path, modules[path], cls.hosts)
+            own = cls.unpacked(own, site, saved.recipe.at(site))
+        tensors |= {f"{path}:{name}": t for name, t in own.items()}
+    return replace(saved, tensors=tensors)
 
 
 def _check_format(config: dict[str, Any], file: str) -> None:

@@ -43,6 +43,11 @@ def strongest(g: Tensor, x: Tensor, keep: int) -> Tensor:
     return where.sort().values
 
 
+def exceeded_by(values: Tensor, count: Tensor) -> Tensor:
+    """A bound that `count` of the values, none negative, exceed: fewer if some are equal there. No gradient flows."""
+    return torch.ops.graft.exceeded_by(values.detach(), count)
+
+
 def features_first(x: Tensor) -> Tensor:
     """[..., features] as [features, tokens], in which rows are picked and added fast."""
     return x.reshape(-1, x.shape[-1]).T.contiguous()
@@ -93,6 +98,7 @@ torch.library.define("graft::sampled_product", "(Tensor g, Tensor x, Tensor inde
 torch.library.define(
     "graft::sparse_product", "(Tensor h, Tensor value, Tensor rows, Tensor columns, int size) -> Tensor"
 )
+torch.library.define("graft::exceeded_by", "(Tensor values, Tensor count) -> Tensor")
 
 
 def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -132,6 +138,17 @@ def _sparse_product(h: Tensor, value: Tensor, rows: Tensor, columns: Tensor, siz
     return _matrix(rows[order], columns[order], value[order], (size, len(h))) @ h
 
 
+@torch.library.impl("graft::exceeded_by", "CompositeExplicitAutograd")
+def _exceeded_by(values: Tensor, count: Tensor) -> Tensor:
+    rest = values.numel() - int(count)
+    return values.flatten().kthvalue(rest).values if rest > 0 else values.new_full((), -1.0)
+
+
+@torch.library.register_fake("graft::exceeded_by")
+def _(values, count):
+    return values.new_empty(())
+
+
 @torch.library.register_fake("graft::sampled_product")
 def _(g, x, index):
     return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -151,5 +168,5 @@ def _for_each(op, info, in_dims, *args):
     return torch.stack([op(*row) for row in zip(*each)]), 0
 
 
-for _op in (torch.ops.graft.sampled_product, torch.ops.graft.sparse_product):
+for _op in (torch.ops.graft.sampled_product, torch.ops.graft.sparse_product, torch.ops.graft.exceeded_by):
     torch.library.register_vmap(_op.default, functools.partial(_for_each, _op))

@@ -27,6 +27,7 @@ PRESETS = {
 }
 
 _PRESET = re.compile(rf"(?P<name>{'|'.join(PRESETS)})(?:\[(?P<first>-?\d*):(?P<last>-?\d*)\])?")
+_AT_DEPTH = re.compile(r"(?P<pick>.+) in (?P<where>blocks\[-?\d*:-?\d*\])")
 
 
 class TargetTypeError(GraftError, TypeError):
@@ -63,7 +64,8 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
         tokens      these, and the output head where its matrix is tied to theirs
         head        the matrices and norms of the output head, or its outermost modules for kind module alone
         model       the model itself
-    A part of a preset is written like a slice: "blocks[-3:]" are the last three blocks.
+    A part of a preset is written like a slice: "blocks[-3:]" are the last three blocks. Presets and regular expressions
+    are held to a depth by such a part of the blocks: "attention in blocks[8:]", r".*\\.down_proj in blocks[:4]".
 
     A module reachable by several paths is returned once, under its first path; any of its paths may pick it. Modules
     of adapters are not seen. Matrices that cannot be adapted (several experts' in one 3-d parameter; weights which
@@ -81,16 +83,7 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
     ):
         raise TargetTypeError(f"targets are names, regular expressions, a list of them or a function, not {targets!r}")
     for pick in [targets] if isinstance(targets, str) or callable(targets) else targets:
-        if isinstance(pick, str) and (preset := _PRESET.fullmatch(pick or "model")):
-            first, last = (int(n) if n else None for n in (preset["first"], preset["last"]))
-            found = _preset(tree, preset["name"], wanted)[first:last]
-            if not found:
-                raise GraftError(
-                    f"{pick!r} is empty: {tree.title} has {len(_preset(tree, preset['name'], wanted))} there"
-                )
-            chosen.update(found)
-        else:
-            chosen.update(_matching(tree, pick, wanted))
+        chosen.update(_picked(tree, pick, wanted))
     if not chosen:
         raise GraftError(f"no targets are given: name a preset ({', '.join(PRESETS)}) or modules of {tree.title}")
     return [(n.path, n.module) for n in tree.nodes if n in chosen]
@@ -98,7 +91,24 @@ def resolve(model: nn.Module, targets: Any, kinds: Iterable[str] = ("linear",)) 
 
 def is_preset(pick: Any) -> bool:
     """Whether a target is a preset, or a part of one."""
-    return isinstance(pick, str) and _PRESET.fullmatch(pick) is not None
+    deep = _AT_DEPTH.fullmatch(pick) if isinstance(pick, str) else None
+    return isinstance(pick, str) and _PRESET.fullmatch(deep["pick"] if deep else pick) is not None
+
+
+def _picked(tree: Tree, pick: Any, kinds: set[str]) -> list[Node]:
+    if isinstance(pick, str) and (deep := _AT_DEPTH.fullmatch(pick)):
+        blocks = _picked(tree, deep["where"], {"module"})
+        found = [n for n in _picked(tree, deep["pick"], kinds) if any(n in block for block in blocks)]
+        if not found:
+            raise GraftError(f"{_shown(deep['pick'])} picks nothing in {deep['where']} of {tree.title}")
+        return found
+    if not isinstance(pick, str) or not (preset := _PRESET.fullmatch(pick or "model")):
+        return _matching(tree, pick, kinds)
+    first, last = (int(n) if n else None for n in (preset["first"], preset["last"]))
+    every = _preset(tree, preset["name"], kinds)
+    if not every[first:last]:
+        raise GraftError(f"{pick!r} is empty: {tree.title} has {len(every)} there")
+    return every[first:last]
 
 
 def _preset(tree: Tree, preset: str, kinds: set[str]) -> list[Node]:

@@ -16,7 +16,7 @@ from .text import IGNORED
 
 _WHOLE = ("batch_size", "gradient_accumulation", "steps", "eval_every", "save_every", "patience", "seed", "max_length")
 _LEAST = {"seed": 0, "max_length": 2}  # otherwise 1
-_POSITIVE = ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "epochs", "clip")
+_POSITIVE = ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "epochs", "clip", "gradient_dropout")
 _NOT_NEGATIVE = ("weight_decay", "warmup")
 
 
@@ -34,6 +34,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
             raise GraftError(
                 f"{name} is a number {'of at least' if name in _NOT_NEGATIVE else 'above'} 0, not {value!r}"
             )
+    if (given["gradient_dropout"] or 0) > 1:
+        raise GraftError(f"gradient_dropout is at most 1, not {given['gradient_dropout']!r}")
     if given["clip_by"] not in ("global", "component"):
         raise GraftError(f"clip_by is 'global' or 'component', not {given['clip_by']!r}")
     if given["resume"] not in (True, False, "auto"):

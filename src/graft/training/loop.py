@@ -3,9 +3,10 @@
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .batches import Plan
 from .clipping import clip_components
 from .data import divided, held_out, read
 from .evaluation import choose, half, length, measure, processor_of
+from .gradient_dropout import GradientDropout
 from .guards import (
     check_packing,
     check_reached,
@@ -31,10 +33,14 @@ from .guards import (
     within_memory,
 )
 from .messages import nearest
-from .objectives import name_classes
+from .objectives import Objective, name_classes
 from .report import PeakMemory, Report
 from .schedules import schedule as schedule_called
 from .trial import Aside
+
+
+def _loss(task: Objective, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return task.loss(model, batch)[0]
 
 
 @dataclass
@@ -85,6 +91,7 @@ def fit(
     warmup: float = 0.06,
     clip: float | None = 1.0,
     clip_by: str = "global",
+    gradient_dropout: float | None = None,
     precision: str = "auto",
     checkpointing: bool = False,
     seed: int = 0,
@@ -127,6 +134,10 @@ def fit(
     clip                   largest norm of the gradient; None for no limit
     clip_by                whose norm: global, that of all parameters together; component, that of each tensor alone, so
                            that none holds back the others (https://arxiv.org/abs/2210.10325)
+    gradient_dropout       how much of a gradient is taken away where it is against what the base says: 1, all of it; so
+                           less of that is forgotten (https://arxiv.org/abs/2307.15049). The base must know something of
+                           the task: classes or tokens, no new head; each batch costs a forward of the base and a
+                           backward more
     precision              bf16: compute in bfloat16 (autocast) beside fp32 parameters; fp32; auto: bf16 where a GPU
                            has it or the base is stored in it. A base stored in fp32 is cast anew at every use: load it
                            in bfloat16 for the least memory
@@ -189,6 +200,11 @@ def fit(
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     bf16 = half(model, precision, device)
     per_epoch = plan.steps(gradient_accumulation, ranks)
+    if gradient_dropout and (not task.classes or ranks > 1):
+        raise GraftError(
+            f"gradient_dropout is for one process and for objectives over classes or tokens, not for "
+            f"{f'{ranks} processes' if ranks > 1 else task.name}"
+        )
     total = steps or max(1, math.ceil(epochs * per_epoch))
     eval_every, save_every = eval_every or per_epoch, save_every or per_epoch
     factor, warm = schedule_called(schedule), min(warmup if warmup < 1 else warmup / total, 0.999)
@@ -201,13 +217,15 @@ def fit(
         loraplus_lr_ratio=loraplus_lr_ratio, options=optimizer_options,
     )  # fmt: skip
 
+    dropping = GradientDropout(model, trainable, gradient_dropout) if gradient_dropout else None
+
     def total_of(value: Any) -> Any:
         return accelerator.reduce(torch.as_tensor(value, device=device)) if ranks > 1 else value
 
-    def summed(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def summed(module: Any, batch: dict[str, torch.Tensor], loss: Callable = _loss) -> torch.Tensor:
         batch = {k: v.to(device) for k, v in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return task.loss(module, batch)[0]
+            return loss(task, module, batch)
 
     def worth(scores: dict[str, float]) -> tuple[float, ...]:
         """More is better; where the metric does not decide, the loss does."""
@@ -252,10 +270,10 @@ def fit(
                 begun = time.perf_counter()
                 micros = [task.collate([features[i] for i in rows]) for rows in picked]
                 terms = int(total_of(sum(task.terms(batch) for batch in micros)))
-                losses = []
+                losses, measured = [], partial(dropping.loss, terms=terms) if dropping else _loss
                 for number, batch in enumerate(micros, 1):
                     with nullcontext() if number == len(micros) else accelerator.no_sync(wrapped):
-                        loss = summed(wrapped, batch) / terms
+                        loss = summed(wrapped, batch, measured) / terms
                         if not loss.requires_grad:
                             raise GraftError(
                                 "the loss depends on nothing that is trained: graft.verify(model, batch) tells what a "
@@ -267,6 +285,8 @@ def fit(
                         accelerator.backward(loss * ranks + penalty)
                 if not seconds:
                     check_reached(trained)
+                if dropping:
+                    dropping.apply()
                 norm: Any = accelerator.clip_grad_norm_(trainable, clip if clip and clip_by == "global" else math.inf)
                 loss, norm = float(total_of(torch.stack(losses).sum())), float(norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -9,6 +9,7 @@ from ...core.errors import GraftError
 from ...core.factored import Start
 from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
+from ...core.sensitivity import Sensitive
 from .triplets import Triplets
 
 _STEPS = 10**6  # as which PEFT gets the length of training: here phases are shares of it
@@ -57,7 +58,7 @@ class _AdaPeft(Peft):
         return hyper
 
 
-class AdaLoRA(Triplets, name="adalora"):
+class AdaLoRA(Sensitive, Triplets, name="adalora"):
     """W' = W + s P diag(e * keep) Q with s = alpha / rank.
 
     P [out, rank] and Q [rank, in] are random (normal, deviation 0.02) and e [rank] zero, so that the adapted model
@@ -137,25 +138,12 @@ class AdaLoRA(Triplets, name="adalora"):
     ):
         P, Q = 0.02 * torch.randn(site.d_out, rank), 0.02 * torch.randn(rank, site.d_in)
         super().__init__(site, P, Q, target_rank, alpha, dropout, warmup, cooldown)
-        for name in ("P", "Q", "e"):
-            self.register_buffer(f"sensitivity_{name}", torch.zeros_like(getattr(self, name)))
-            self.register_buffer(f"uncertainty_{name}", torch.zeros_like(getattr(self, name)))
-        self.beta1, self.beta2, self.gamma = beta1, beta2, gamma
+        self.gamma = gamma
         self.begin(init, rank)
-
-    def observe(self):
-        """Follow sensitivity and uncertainty of every entry."""
-        for name in ("P", "Q", "e"):
-            p, j, u = (self.get_parameter(name), *self.averages(name))
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            j.lerp_(now, 1 - self.beta1)
-            u.lerp_((now - j).abs(), 1 - self.beta2)
-
-    def averages(self, name):
-        return self.get_buffer(f"sensitivity_{name}"), self.get_buffer(f"uncertainty_{name}")
+        self.follow(("P", "Q", "e"), beta1, beta2)
 
     def importance(self):
-        P, Q, e = (j * u for j, u in map(self.averages, ("P", "Q", "e")))
+        P, Q, e = self.scores()
         return e + P.mean(0) + Q.mean(1)
 
     @staticmethod

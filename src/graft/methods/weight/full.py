@@ -42,10 +42,20 @@ class Full(Delta, name="full"):
     With `anew` the copy forgets the base's values: matrices become normal with that deviation, biases 0, norms 1. Few
     examples are learnt stably if the top blocks of an encoder, one to six of them, begin so, with more steps than usual
     and an AdamW that corrects its bias, as torch's does (Zhang et al.): targets=["blocks[-3:]", "pooler"].
+
+    Blocks above a frozen part learn without a backward through it, as in the layer-wise skipping of Skip Tuning (Wu et
+    al.), which trains both towers of CLIP so from block 6 on; it also computes the output of the frozen part once for
+    all steps of an epoch and leaves classes out of the loss, which is not done here.
     """
 
     papers = (
         Paper("Revisiting Few-sample BERT Fine-tuning", "Zhang et al.", 2020, "https://arxiv.org/abs/2006.05987"),
+        Paper(
+            "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
+            "Wu et al.",
+            2024,
+            "https://arxiv.org/abs/2412.11509",
+        ),
     )
 
     hosts = ("linear", "conv", "embedding", "norm", "module")

@@ -27,6 +27,7 @@ class Objective(ABC):
     columns  the columns it reads; alternatives one after the other
     metrics  what `score` reports, and whether more is better; the first one decides unless another is named
     packs    whether several examples may share a row
+    classes  whether the outputs of `loss` are logits [n, classes], a row for each term
     generates  whether a prediction is a text, which options of generation shape
     auto       the class of transformers that loads a model for it
     configured  what it needs to find in the configuration of such a model
@@ -36,6 +37,7 @@ class Objective(ABC):
     columns: ClassVar[tuple[tuple[str, ...], ...]]
     metrics: ClassVar[dict[str, bool]]
     packs: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     auto: ClassVar[str]
     configured: ClassVar[tuple[str, ...]] = ()

@@ -31,6 +31,7 @@ class FlowMatching(LabelledImages):
     name = "flow-matching"
     auto = "AutoModelForImageGeneration"
     metrics = {"loss": False}
+    classes = False
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)

@@ -16,6 +16,7 @@ class Labelled(Objective):
     """Cross entropy over classes. Metrics: accuracy, and F1 averaged over the classes that occur."""
 
     metrics = {"accuracy": True, "f1": True, "loss": False}
+    classes = True
     configured = ("num_labels", "id2label", "label2id")
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):

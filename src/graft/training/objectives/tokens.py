@@ -17,6 +17,7 @@ class TokenLoss(Objective):
 
     metrics = {"loss": False, "perplexity": False, "token_accuracy": True}
     generates = True
+    classes = True
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any):
         super().__init__(model, processor, **options)
