@@ -206,7 +206,9 @@ def test_merging_is_refused_until_the_base_is_dequantised(name):
     second.requires_grad_(False)
     picture = graft.fingerprint(model)
     for merge in (graft.merge, graft.merged_state_dict):
-        with pytest.raises(graft.GraftError, match=r"is quantised \(Linear.*graft.dequantise\(model\) gives it a plain"):
+        with pytest.raises(
+            graft.GraftError, match=r"is quantised \(Linear.*graft.dequantise\(model\) gives it a plain"
+        ):
             merge(model)
     assert graft.fingerprint(model) == picture
     weights = {p: site(model, p).weight for p in "02"}

@@ -149,7 +149,12 @@ def _merged(
 def _entries(host: Any, deltas: list, owners: Counter) -> Entries | None:
     """The entries that all the deltas change, if they do no more and the matrix is this host's alone; else None."""
     found, own = [delta.entries() for delta in deltas], host._parameters.get("weight")
-    if None in found or type(own) not in PLAIN or isinstance(host.site, QuantisedSite) or owners[own.untyped_storage().data_ptr()] > 1:
+    if (
+        None in found
+        or type(own) not in PLAIN
+        or isinstance(host.site, QuantisedSite)
+        or owners[own.untyped_storage().data_ptr()] > 1
+    ):
         return None
     w = host.site.weight.detach()
     if w.untyped_storage().data_ptr() != own.untyped_storage().data_ptr() or w.numel() != own.numel():

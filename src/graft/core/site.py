@@ -586,7 +586,7 @@ class QuantisedSite(LinearSite):
 
 
 class _Through:
-    """The forward of a module whose own one ends the graph of autograd: dL/dx = dL/dy W, with W decoded for backward."""
+    """The forward of a module whose own one ends the graph of autograd: dL/dx = dL/dy W, decoded for backward."""
 
     def __init__(self, site: QuantisedSite, own: Callable | None):
         self.site, self.own = site, own
