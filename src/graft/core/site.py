@@ -188,8 +188,8 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         coded = own is not None and (own.dtype.itemsize == 1 or any(_qualified(c) in KINDS for c in type(own).__mro__))
         if coded and not isinstance(self, QuantisedSite):
             raise GraftError(
-                f"{path} ({_host_class(module).__name__}) keeps its weight as codes of type {own.dtype}, which cannot be "
-                f"decoded here: choose other modules, or quantise with torch, torchao or bitsandbytes"
+                f"{path} ({_host_class(module).__name__}) keeps its weight as codes of type {own.dtype}, which cannot "
+                f"be decoded here: choose other modules, or quantise with torch, torchao or bitsandbytes"
             )
 
     def where(self):
