@@ -15,7 +15,7 @@ from .delta import Adapted, Delta, Deltas, Fresh, base_modules, is_owned, mount,
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
-from .site import Site, site_for
+from .site import Site, quantised_sites, site_for
 from .targets import is_preset, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter
@@ -106,6 +106,9 @@ class Registry:
         for p in self.trainable:
             p.requires_grad_(False)
         self.still = [m for m in model.modules() if m._buffers.get("running_mean") is not None]
+        self.quantised = quantised_sites(model)
+        for site in self.quantised:
+            site.open()
         self.rows = _RowsArgument(model)
         for m in self.still:
             m.__dict__["train"] = _Still(m, m.training == model.training)
@@ -116,6 +119,8 @@ class Registry:
         if self.adapters or self.bank is not None:
             return
         self.rows.close()
+        for site in self.quantised:
+            site.close()
         for p in self.trainable:
             p.requires_grad_(True)
         for m in self.still:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .delta import base_modules, base_parameters
-from .site import QuantisedSite, _site_class
+from .site import quantised_sites
 
 SAMPLES = 256  # values of a large tensor at most
 WHOLE = 4 * SAMPLES  # values of a tensor which is compared whole
@@ -44,11 +44,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    modules = base_modules(model)
-    found = base_parameters(modules)
-    for path, module in modules.items():
-        if module._buffers and issubclass(_site_class(module), QuantisedSite):
-            found.update(module.named_buffers(path, recurse=False))
+    found = base_parameters(base_modules(model))
+    for site in quantised_sites(model):
+        codes = {f"{site.path}.{name}".lstrip("."): t for name, t in site.codes().items()}
+        own = {id(p) for p in site.module._parameters.values()}
+        found = {n: p for n, p in found.items() if id(p) not in own} | codes
     return found
 
 

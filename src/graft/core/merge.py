@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .adapter import Registry, adapted_hosts, registry, unwrapped
 from .delta import is_finite
 from .errors import GraftError
-from .site import rounding_loss
+from .kept import PLAIN
+from .site import QuantisedSite, rounding_loss
 
 SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warns
 
@@ -105,9 +106,8 @@ def _merged(
     values: dict[str, dict[str, Tensor]] = {}
     lost: dict[str, float] = {}
     entries: list[Entries] = []
-    owners = Counter(
-        p.untyped_storage().data_ptr() for m in model.modules() for p in m._parameters.values() if p is not None
-    )
+    plain = [p for m in model.modules() for p in m._parameters.values() if type(p) in PLAIN]
+    owners = Counter(p.untyped_storage().data_ptr() for p in plain)
     for path, host in reversed(adapted_hosts(model).items()):  # outer ones last: they may replace all that is inside
         if not host.linked:
             continue
@@ -149,7 +149,12 @@ def _merged(
 def _entries(host: Any, deltas: list, owners: Counter) -> Entries | None:
     """The entries that all the deltas change, if they do no more and the matrix is this host's alone; else None."""
     found, own = [delta.entries() for delta in deltas], host._parameters.get("weight")
-    if None in found or own is None or owners[own.untyped_storage().data_ptr()] > 1:
+    if (
+        None in found
+        or type(own) not in PLAIN
+        or isinstance(host.site, QuantisedSite)
+        or owners[own.untyped_storage().data_ptr()] > 1
+    ):
         return None
     w = host.site.weight.detach()
     if w.untyped_storage().data_ptr() != own.untyped_storage().data_ptr() or w.numel() != own.numel():

@@ -2,7 +2,7 @@
 
 A host is any module. Hosts which own a matrix show it as [out, in], whatever their layout, so that a method written
 once works on nn.Linear, GPT-2's Conv1D, convolutions, embeddings and quantised layers. A new kind of host is one more
-class here; no method changes.
+class here, a new quantiser one more file under `quantised`; no method changes.
 
 Precision: a delta keeps float32 tensors beside a half-precision base. Every map below computes in the dtype of its
 input and casts the delta's small tensors to it, so that no activation is kept twice for backward.
@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .delta import base_modules
 from .errors import GraftError
 
-KINDS: dict[str, type["Site"]] = {}  # qualified class name -> site; by name, so that optional libraries need no import
+KINDS: dict[str, type["Site"]] = {}  # qualified name of a class of modules, or of their weights -> site
 
 
 def _qualified(cls: type) -> str:
@@ -49,12 +49,19 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _site_class(module: nn.Module) -> type["Site"]:
-    for cls in _host_class(module).__mro__:
+    own, classes = module._parameters.get("weight"), _host_class(module).__mro__
+    if own is not None and type(own) is not nn.Parameter and isinstance(module, nn.Linear):
+        classes = (*type(own).__mro__, *classes)
+    for cls in classes:
         if found := KINDS.get(_qualified(cls)):
             return found
     if _is_norm(module):
         return NormSite
     return FusedSite if _is_fused(module) else Site
+
+
+def is_quantised(module: nn.Module) -> bool:
+    return issubclass(_site_class(module), QuantisedSite)
 
 
 def kind_of(module: nn.Module) -> str:
@@ -174,6 +181,16 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     d_in = property(lambda self: self.module.weight.shape[1])
     inputs = property(lambda self: self.d_in)  # channels of the input, which in a convolution are fewer than columns
     weight = property(lambda self: self.module.weight)
+
+    def __init__(self, path, module, **position):
+        super().__init__(path, module, **position)
+        own = module._parameters.get("weight")
+        coded = own is not None and (own.dtype.itemsize == 1 or any(_qualified(c) in KINDS for c in type(own).__mro__))
+        if coded and not isinstance(self, QuantisedSite):
+            raise GraftError(
+                f"{path} ({_host_class(module).__name__}) keeps its weight as codes of type {own.dtype}, which cannot "
+                f"be decoded here: choose other modules, or quantise with torch, torchao or bitsandbytes"
+            )
 
     def where(self):
         return self.module.weight
@@ -525,20 +542,81 @@ class _Bound(nn.Module):
 
 
 class QuantisedSite(LinearSite):
-    """Base for hosts with a coded weight; only weight paths ever decode it."""
+    """A linear map whose weight is kept as codes: `inner(x)` runs on them, and only weight paths decode them.
+
+    Subclass it once per quantiser, in one file under `quantised`; `decode` is all that it must write.
+    """
 
     d_out = width = property(lambda self: self.module.out_features)
     d_in = property(lambda self: self.module.in_features)
     weight = property(lambda self: self.decode())
-
-    def where(self):
-        return Site.where(self)
+    passes_gradient: Any = True  # whether backward of the module itself reaches x
 
     def decode(self) -> Tensor:
+        """The matrix [out, in] with which the module computes."""
         raise NotImplementedError
 
+    def codes(self) -> dict[str, Tensor]:
+        """What the weight is decoded from, and the bias: plain tensors by name."""
+        return dict(self.module.named_parameters(recurse=False)) | dict(self.module.named_buffers(recurse=False))
+
+    def open(self) -> None:
+        """Called before the first adapter comes to the model, whether or not it adapts this module."""
+        if not self.passes_gradient:
+            self.module.__dict__["forward"] = _Through(self, self.module.__dict__.get("forward"))
+
+    def close(self) -> None:
+        """Undo what `open` did, after the last adapter has left."""
+        through = self.module.__dict__.get("forward")
+        if isinstance(through, _Through):
+            del self.module.__dict__["forward"]
+            if through.own is not None:
+                self.module.__dict__["forward"] = through.own
+
+    def where(self):
+        own = self.codes().values()
+        found = next((t for t in own if t.is_floating_point()), None)
+        return next((t.new_empty(0, dtype=torch.float32) for t in own), torch.empty(0)) if found is None else found
+
     def layout(self, w, b):
-        raise GraftError(f"{self.path} is quantised ({type(self.module).__name__}): merge into the original checkpoint")
+        raise GraftError(
+            f"{self.path} is quantised ({_host_class(self.module).__name__}), and codes cannot take a change: "
+            f"graft.dequantise(model) gives it a plain weight to merge into"
+        )
+
+
+class _Through:
+    """The forward of a module whose own one ends the graph of autograd: dL/dx = dL/dy W, decoded for backward."""
+
+    def __init__(self, site: QuantisedSite, own: Callable | None):
+        self.site, self.own = site, own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _PassedOn.apply(self, x)  # type: ignore[return-value]
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        module = self.site.module
+        return _host_class(module).forward(module, x) if self.own is None else self.own(x)
+
+
+class _PassedOn(torch.autograd.Function):
+    @staticmethod
+    def forward(through, x):
+        return through.run(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.site = inputs[0].site
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, grads[0] @ ctx.site.decode().to(grads[0].dtype)
+
+
+def quantised_sites(model: nn.Module) -> list[QuantisedSite]:
+    return [cls(path, m) for path, m in base_modules(model).items() if issubclass(cls := _site_class(m), QuantisedSite)]
 
 
 def tucker_form(core: Tensor, a: Tensor) -> Tensor:
@@ -553,3 +631,8 @@ def rounding_loss(exact: Tensor, before: Tensor, dtype: torch.dtype) -> float:
     change = torch.linalg.vector_norm(exact - before).item()
     lost = torch.linalg.vector_norm(exact.to(dtype) - exact).item()
     return lost / change if change and math.isfinite(change) else 0.0
+
+
+from . import quantised  # noqa: E402
+
+quantised.load()

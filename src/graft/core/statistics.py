@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapter import registry
 from .delta import base_modules, base_parameters
 from .errors import GraftError
-from .site import kind_of, site_for
+from .site import QuantisedSite, kind_of, quantised_sites, site_for
 from .targets import resolve
 
 
@@ -153,6 +154,12 @@ def collect(
     sites = {path: site_for(path, module, (kind_of(module),)) for path, module in hosts.items()}
     if of_inputs and (odd := next((s for s in sites.values() if s.kind != "linear"), None)):
         raise GraftError(f"{of_inputs[0]} is defined for linear hosts; {odd.path} is a {odd.kind}")
+    coded = next((s for s in sites.values() if isinstance(s, QuantisedSite)), None)
+    if coded and (asked := next((n for n in needs if n in (*GRADIENTS, "fisher")), None)):
+        raise GraftError(
+            f"{asked} is a statistic of gradients, and the weight of {coded.path} is quantised: collect it on the "
+            f"original model, whose paths are the same"
+        )
     stats: dict[str, dict] = defaultdict(dict)
     streams = {path: {n: _stream(n) for n in of_inputs} for path in hosts}
     handles, batch = [], None
@@ -178,6 +185,9 @@ def collect(
         if "fisher" in needs
     }
     flags: dict[Tensor, bool] = {w: w.requires_grad for own in (weights.values(), *inside.values()) for w in own}
+    opened = quantised_sites(model) if flags and registry(model) is None else []
+    for site in opened:
+        site.open()
     before, tuner = {}, None
     if "weight_change" in needs:
         if len(of_weights) > 1:
@@ -231,6 +241,8 @@ def collect(
             w.requires_grad_(flag)
         for handle in handles:
             handle.remove()
+        for site in opened:
+            site.close()
     return dict(stats)
 
 

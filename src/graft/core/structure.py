@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import backends, nn
 
-from .site import kind_of, site_for
+from .site import is_quantised, kind_of, site_for
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _ROLES = {"query": "q", "queries": "q", "key": "k", "keys": "k", "value": "v", "values": "v"}
@@ -32,7 +32,7 @@ class Node:
         self.index, self.end = index, index + 1
         self.cls = getattr(type(module), "host_class", type(module))  # without the deltas it may carry
         self.children: list[Node] = []
-        self.kind = kind_of(module) if module._parameters or module._buffers else "module"
+        self.kind = kind_of(module) if module._parameters or module._buffers or is_quantised(module) else "module"
 
     def __contains__(self, node: "Node") -> bool:
         return self.index <= node.index < self.end

@@ -25,7 +25,7 @@ from ..errors import GraftError
 from ..folder import json_bytes, tensor_bytes
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
-from ..site import site_for
+from ..site import Conv1DSite, site_for
 from ..targets import resolve
 from . import CONFIG, OWN, TENSORS, As, Format, Saved
 
@@ -93,7 +93,7 @@ class Peft:
             **({"modules_to_save": heads} if heads else {}),
             **settings,
         }
-        if any(d.site.kind == "linear" and d.site.weight.shape != d.site.module.weight.shape for d in own.values()):
+        if any(isinstance(d.site, Conv1DSite) for d in own.values()):
             config["fan_in_fan_out"] = True
         if extra := [p for p in modules if _saved_whole(p, heads) and p not in heads]:
             raise GraftError(f"PEFT would take {extra[0]} for a head too, as its path ends like {heads[0]}'s: {OWN}")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.delta import Edit
-from ...core.site import kind_of
+from ...core.site import kind_of, site_for
 
 
 class Bottleneck(Edit):
@@ -61,8 +61,9 @@ class Parallel(Bottleneck):
 
     @classmethod
     def refuses(cls, site):
-        shape = getattr(site.module, "weight", site.where()).shape
-        if kind_of(site.module) != "module" and shape[0] != shape[-1]:
+        kind = kind_of(site.module)
+        own = site_for(site.path, site.module, (kind,))
+        if kind not in ("module", "norm") and (kind != "linear" or own.d_in != own.d_out):
             return (
                 f"it is a single {type(site.module).__name__}, and {cls.name} goes beside a whole MLP: "
                 f"target the module that holds both matrices"

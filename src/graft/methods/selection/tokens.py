@@ -93,7 +93,8 @@ class Tokens(Delta, name="tokens"):
             raise GraftError(f"tokens: tokens must be different ids below {len(table)} at {site.path}, not {tokens!r}")
         ids.sort()
         self.register_buffer("index", torch.tensor(ids), persistent=False)
-        self.rows = shared.first.setdefault(id(site.module.weight), nn.Parameter(table[ids].clone()))
+        own = site.module._parameters.get("weight", site.module)  # codes may be no parameter: such a head is not tied
+        self.rows = shared.first.setdefault(id(own), nn.Parameter(table[ids].clone()))
 
     @classmethod
     def share(cls, sites, **hyper):

@@ -1,0 +1,30 @@
+"""torch's own dynamic quantisation: torch.ao.quantization.quantize_dynamic(model, {nn.Linear})."""
+
+import torch
+
+from ..site import QuantisedSite
+
+
+class DynamicSite(QuantisedSite, hosts=("torch.ao.nn.quantized.dynamic.modules.linear.Linear",)):
+    """Weights packed as int8 [out, in] with one scale, or as float16; inputs are rounded to int8 as they come.
+
+    Packed weights are no parameters, and the product has no derivative.
+    """
+
+    passes_gradient = False
+
+    @property
+    def bias(self):
+        own = self.module.bias()
+        return own if own is None else own.detach()
+
+    def decode(self):
+        return self.module.weight().dequantize()
+
+    def codes(self):
+        own, bias = self.module.weight(), self.bias
+        found = {"weight": own.int_repr() if own.is_quantized else own}
+        if own.is_quantized:
+            per_row = own.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+            found["scale"] = own.q_per_channel_scales() if per_row else torch.tensor(own.q_scale())
+        return found if bias is None else found | {"bias": bias}
