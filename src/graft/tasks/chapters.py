@@ -88,7 +88,7 @@ class Chapters(Task):
     name = "chapters"
     sources = "docstrings of the running interpreter's standard library"
     licence = "PSF-2.0"
-    reference = Reference(base="graft:minilm", steps=80, max_length=64, rows=512, precision="bf16")
+    reference = Reference(base="graft:minilm", steps=60, max_length=64, rows=256, precision="bf16")
     splits = {
         "train": "texts to learn from",
         "validation": "texts to choose settings with",

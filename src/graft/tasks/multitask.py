@@ -34,7 +34,7 @@ class Multitask(Task):
     name = "multitask"
     sources = "generated"
     licence = "CC0-1.0"
-    reference = Reference(base="graft:seedling-small", steps=100)
+    reference = Reference(base="graft:seedling-small", steps=80, rows=128)
     splits = {
         "train": "journeys to learn from",
         "validation": "journeys that no other split has in any order",

@@ -17,7 +17,7 @@ class Names(Code):
     """
 
     name = "names"
-    reference = Reference(base="graft:seedling-small", steps=60, max_length=256)
+    reference = Reference(base="graft:seedling-small", steps=50, max_length=256, rows=128)
     metrics = (exact_match, chrf)
 
     def row(self, found: Function) -> Row | None:

@@ -32,7 +32,7 @@ class Prefer(Rewrites):
     """
 
     name = "prefer"
-    reference = Reference(base="graft:seedling-small", steps=100, columns={"completion": "chosen"})
+    reference = Reference(base="graft:seedling-small", steps=80, rows=128, columns={"completion": "chosen"})
     splits = {
         "train": "pairs on the rules to learn from, some of them flipped if there is noise",
         "validation": "pairs on rules that no other split has",
