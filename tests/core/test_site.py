@@ -275,7 +275,9 @@ def test_a_quantised_host_is_the_map_of_its_decoded_matrix_and_is_not_rewritten(
     torch.testing.assert_close(site.apply(x, site.weight, site.bias), module(x))
     a, b = torch.randn(2, site.d_in), torch.randn(site.d_out, 2)
     torch.testing.assert_close(site.up(site.down(x, a), b), x @ (b @ a).T)
-    with pytest.raises(graft.GraftError, match=r"host is quantised \(Int8\): merge into the original checkpoint"):
+    with pytest.raises(
+        graft.GraftError, match=r"host is quantised \(Int8\), and codes cannot take a change: graft.deq"
+    ):
         site.layout(site.weight, site.bias)
 
 

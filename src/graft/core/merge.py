@@ -106,7 +106,7 @@ def _merged(
     values: dict[str, dict[str, Tensor]] = {}
     lost: dict[str, float] = {}
     entries: list[Entries] = []
-    plain = [p for m in model.modules() for p in m._parameters.values() if type(p) in PLAIN]
+    plain = [p for m in model.modules() for p in m._parameters.values() if p is not None and type(p) in PLAIN]
     owners = Counter(p.untyped_storage().data_ptr() for p in plain)
     for path, host in reversed(adapted_hosts(model).items()):  # outer ones last: they may replace all that is inside
         if not host.linked:

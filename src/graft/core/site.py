@@ -185,8 +185,9 @@ class LinearSite(Site, hosts=(nn.Linear,)):
     def __init__(self, path, module, **position):
         super().__init__(path, module, **position)
         own = module._parameters.get("weight")
-        coded = own is not None and (own.dtype.itemsize == 1 or any(_qualified(c) in KINDS for c in type(own).__mro__))
-        if coded and not isinstance(self, QuantisedSite):
+        if own is None or isinstance(self, QuantisedSite):
+            return
+        if own.dtype.itemsize == 1 or any(_qualified(c) in KINDS for c in type(own).__mro__):
             raise GraftError(
                 f"{path} ({_host_class(module).__name__}) keeps its weight as codes of type {own.dtype}, which cannot "
                 f"be decoded here: choose other modules, or quantise with torch, torchao or bitsandbytes"

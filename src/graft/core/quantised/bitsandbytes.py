@@ -1,8 +1,14 @@
 """bitsandbytes: Linear4bit (fp4 and nf4) and Linear8bitLt."""
 
 import copy
+import importlib
+from typing import Any
 
 from ..site import QuantisedSite
+
+
+def _functional() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
 
 
 class Linear4bitSite(QuantisedSite, hosts=("bitsandbytes.nn.modules.Linear4bit",)):
@@ -18,9 +24,7 @@ class Linear4bitSite(QuantisedSite, hosts=("bitsandbytes.nn.modules.Linear4bit",
         state = own.quant_state
         if not getattr(state, "packing_format_for_cpu", False):
             return own.data, state
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        return _convert_weight_packed_for_cpu_inverse(own.data, copy.deepcopy(state))
+        return _functional()._convert_weight_packed_for_cpu_inverse(own.data, copy.deepcopy(state))
 
     def open(self):
         host = self.module
@@ -34,10 +38,8 @@ class Linear4bitSite(QuantisedSite, hosts=("bitsandbytes.nn.modules.Linear4bit",
             self.module.support_avx512bf16_for_cpu = True
 
     def decode(self):
-        from bitsandbytes.functional import dequantize_4bit
-
         data, state = self._unpacked()
-        return data if state is None else dequantize_4bit(data, state)
+        return data if state is None else _functional().dequantize_4bit(data, state)
 
     def codes(self):
         bias = self.module.bias
@@ -48,8 +50,6 @@ class Linear8bitLtSite(QuantisedSite, hosts=("bitsandbytes.nn.modules.Linear8bit
     """int8 [out, in] with a scale a row, which the module takes over from its weight when it first runs."""
 
     def decode(self):
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
         own, state = self.module.weight, self.module.state
         scale = state.SCB if own.SCB is None else own.SCB
-        return own.data if scale is None else int8_vectorwise_dequant(own.data, scale)
+        return own.data if scale is None else _functional().int8_vectorwise_dequant(own.data, scale)
