@@ -90,7 +90,7 @@ def rates(records: Iterable[Record]) -> list[float]:
 
 def setting(c: Configuration) -> str:
     """What the contestants of one table share, as a text that is equal for those."""
-    left_out = {"method", "options", "targets", "seed", "splits"}
+    left_out = {"method", "options", "targets", "seed", "splits", "also"}
     content = {k: v for k, v in c.plain().items() if k not in left_out}
     content["training"] = {k: v for k, v in content["training"].items() if k != "learning_rate"}
     return json.dumps(content, sort_keys=True)

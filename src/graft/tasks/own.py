@@ -86,7 +86,7 @@ class Own(Task):
         rest = self._given
         held: dict[str, list[Row]] = {}
         shares = {split: getattr(self, split) for split in ("test", "validation")}
-        total = len(rest)
+        total = len({item for row in rest for item in self.items(row)})
         for split, share in shares.items():
             if isinstance(share, str):
                 held[split] = self._read(share, split)
@@ -98,8 +98,8 @@ class Own(Task):
             rest = [row for row in rest if not chosen.issuperset(self.items(row))]
             if not held[split] or not rest:
                 raise GraftError(
-                    f"{split}={share:g} of the {total} rows of {self.data} leaves {split if rest else 'train'} empty: "
-                    f"take another share, or name other data for {split}"
+                    f"{split}={share:g} of the {total} examples of {self.data} leaves {split if rest else 'train'} "
+                    f"empty: take another share, or name other data for {split}"
                 )
         return {"train": rest, "validation": held["validation"], "test": held["test"]}
 

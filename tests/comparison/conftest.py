@@ -1,0 +1,67 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
+
+from dataclasses import replace
+
+import pytest
+from made_up import record
+
+from graft.runs import pool
+from graft.runs.single import perform
+from graft.runs.store import Store
+from models import tokenizer
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """A folder with a tiny language model and a tiny encoder."""
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    root, words = tmp_path_factory.mktemp("bases"), tokenizer()
+    sizes = dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24, num_attention_heads=2)
+    sizes |= dict(vocab_size=len(words), pad_token_id=0, initializer_range=0.3)
+    torch.manual_seed(0)
+    llama = LlamaConfig(**sizes, max_position_embeddings=64, bos_token_id=None, eos_token_id=2)
+    LlamaForCausalLM(llama).save_pretrained(root / "llama")
+    BertModel(BertConfig(**sizes, max_position_embeddings=64), add_pooling_layer=False).save_pretrained(root / "bert")
+    for name in ("llama", "bert"):
+        words.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process instead of others; gives the configurations that were run."""
+    made = []
+
+    def run(configurations, folder, *, jobs=1, threads=1, retry=False, progress=True):
+        store = Store(folder)
+        for c in configurations:
+            if store.get(c) is None:
+                made.append(c)
+                store.put(perform(c))
+        return [store.get(c) for c in configurations]
+
+    monkeypatch.setattr(pool, "run", run)
+    return made
+
+
+@pytest.fixture
+def some():
+    """Records of a comparison that no run made: values on the test split by method, and figures of their runs."""
+
+    def made(values, figures=None, rates=(1e-3, 1e-2), metric="test"):
+        found = []
+        for method, of in values.items():
+            rate = None if method in ("no-op", "zero-shot") else 1e-2
+            for tried in [None] if rate is None else rates:
+                found.append(record(tried, 0.5 if tried == rate else 0.4, method=method))
+            for seed, value in enumerate(of):
+                last = record(rate, 0.5, loss=1 - value, test=value, seed=seed, method=method)
+                found.append(replace(last, figures=(figures or {}).get(method, {})))
+        return found
+
+    return made
