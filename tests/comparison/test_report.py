@@ -64,7 +64,7 @@ def test_the_page_is_whole_and_fetches_nothing(found):
     assert not checked.open and not checked.fetched
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", page)
     text = " ".join(checked.text)
-    assert "<b>&odd" in text and "it has no bias" in text and "Not shown to beat every control" in text
+    assert "<b>&odd" in text and "it has no bias" in text and "Shown to beat full fine-tuning: none" in text
     assert page.count("<svg") >= 9 and page.count("<svg") == page.count("<desc>")
 
 

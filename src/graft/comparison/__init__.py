@@ -9,6 +9,7 @@ live       the table while it runs
 report     results.json, results.parquet and report.html
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -33,7 +34,7 @@ from ..runs import contestants, pool
 from ..runs.configuration import Configuration
 from ..runs.contestants import Contestant
 from ..runs.reference import chosen, final, tuning
-from ..runs.single import DTYPE, UNTRAINED
+from ..runs.single import DTYPE, UNTRAINED, some
 from ..runs.store import Record
 from ..runs.summary import Summary, summarise
 from ..training.evaluation import choose
@@ -250,8 +251,8 @@ def _forgetting(asked: str | None, objective: str) -> dict[str, Any] | None:
             f"forgetting={asked}: the loss on other data is that of a causal language model, not of {objective}"
         )
     name = "task:code" if asked == "auto" else asked
-    held = _task(name, Path(), {})
-    return {"data": name, "rows": FORGETTING_ROWS, "fingerprint": held.fingerprint()}
+    held = json.dumps(some(name, FORGETTING_ROWS), sort_keys=True, default=str)
+    return {"data": name, "rows": FORGETTING_ROWS, "fingerprint": hashlib.sha256(held.encode()).hexdigest()}
 
 
 def _known(folder: Path, settings: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:

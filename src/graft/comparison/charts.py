@@ -9,6 +9,10 @@ WIDTH, HEIGHT = 460, 320
 LEFT, RIGHT, TOP, BOTTOM = 62, 20, 16, 46
 COLOURS = 6  # of lines; the further ones are grey
 LETTER, LINE = 6.2, 12  # of a label, in pixels
+PLACES = (
+    (8, 4, "start"), (8, -8, "start"), (8, 16, "start"), (-8, 4, "end"), (-8, -8, "end"), (-8, 16, "end"),
+    (0, -9, "middle"), (0, 18, "middle"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,21 +150,13 @@ def _label(label: str, x: float, y: float, taken: list[tuple[float, float, float
     """The name of a point beside it, where there is room; otherwise none: the pointer shows it."""
     text = _short(label, 26)
     wide = LETTER * len(text)
-    for dx, dy in (
-        (8, 4),
-        (8, -8),
-        (8, 16),
-        (-8 - wide, 4),
-        (-8 - wide, -8),
-        (-8 - wide, 16),
-        (-wide / 2, -9),
-        (-wide / 2, 18),
-    ):
-        left, base = x + dx, y + dy
+    for dx, dy, anchor in PLACES:
+        start, base = x + dx, y + dy
+        left = {"start": start, "end": start - wide, "middle": start - wide / 2}[anchor]
         inside = left >= LEFT and left + wide <= WIDTH - 2 and TOP + 4 <= base <= HEIGHT - BOTTOM
         if inside and not any(left < b and a < left + wide and abs(base - 4 - h) < LINE - 2 for a, b, h in taken):
             taken.append((left, left + wide, base - 4))
-            return f'<text class="name" x="{left:.1f}" y="{base:.1f}">{escape(text)}</text>'
+            return f'<text class="name" x="{start:.1f}" y="{base:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     return ""
 
 

@@ -10,7 +10,16 @@ from ..runs.store import Record
 from ..runs.summary import Summary, difference, measured, spread
 from .guard import Thresholdout
 
-COSTS = ("parameters", "peak_memory", "step", "time_to_target", "adapter_bytes", "latency", "latency_merged")
+COSTS = (
+    "parameters",
+    "peak_memory",
+    "step",
+    "time_to_target",
+    "adapter_bytes",
+    "latency",
+    "latency_merged",
+    "forgetting",
+)
 
 
 def rows(found: Sequence[Summary], target: float | None = None) -> list[dict[str, Any]]:

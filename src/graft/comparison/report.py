@@ -128,13 +128,17 @@ def _summary(found: "Comparison") -> str:
         return '<p class="warn">No run ended well: see the reasons below.</p>'
     metric, first = rows[0]["deciding"], rows[0]["method"]
     alike = [r["method"] for r in rows if r["tie"] and r["method"] != first]
-    below = [r["method"] for r in rows if not r["control"] and r["not_above"]]
+    methods = [r for r in rows if not r["control"]]
+    below = [r["method"] for r in methods if {*r["not_above"]} - {"full-fine-tuning"}]
+    above = [r["method"] for r in methods if "full-fine-tuning" not in r["not_above"]]
     value = _spread(rows[0]["test"][metric])
     said = [f"The best mean {metric} on the test split is that of <b>{escape(first)}</b>, {value}."]
     if alike:
         said.append(f"It cannot be told apart from {_list(alike)}.")
     if below:
-        said.append(f'<span class="warn">Not shown to beat every control: {_list(below)}.</span>')
+        kind = "a control that trains nothing of the base"
+        said.append(f'<span class="warn">Not shown to beat {kind}: {_list(below)}.</span>')
+    said.append(f"Shown to beat full fine-tuning: {_list(above) or 'none'}.")
     if p := found.predicts:
         rank = f"Spearman's correlation {p['rank_correlation']:.2f}"
         said.append(f"Over {p['runs']} runs the validation loss ranks the {p['metric']} with {rank}.")
@@ -169,7 +173,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
                 text = f"{r['reached']} of {len(r['seeds'])} seeds"
             cells.append(_cell(text, value, best=key in r["pareto"]))
         if forgets:
-            cells.append(_cell("" if r["forgetting"] is None else f"{r['forgetting']:+.3f}", r["forgetting"]))
+            text = "" if r["forgetting"] is None else f"{r['forgetting']:+.3f}"
+            cells.append(_cell(text, r["forgetting"], best="forgetting" in r["pareto"]))
         missed = "" if r["control"] else ", ".join(r["not_above"])
         cells.append(f'<td class="words warn">{escape(missed)}</td>')
         body.append(f'<tr class="{"control" if r["control"] else "method"}">{"".join(cells)}</tr>')

@@ -27,7 +27,7 @@ class Configuration:
     splits    what is measured, of the parameters after the last step
     train_rows  as many rows of the train split as are trained on at most; the smaller of two draws is within the larger
     also      what is measured beside that: `points` of a curve of the validation loss; `latency` (true) of one batch;
-              the loss on the data of `forgetting`, {"data": name, "rows": at most, "fingerprint": of all its rows}
+              the loss on the data of `forgetting`, {"data": name, "rows": at most, "fingerprint": of these}
     """
 
     base: str

@@ -65,6 +65,12 @@ def subset(task: tasks.Task, split: str, rows: int) -> tasks.Rows:
     return found.select(sorted(task.draw(f"{rows} rows of {split}").sample(range(len(found)), rows)))
 
 
+def some(data: str, rows: int) -> list[dict[str, Any]]:
+    """The first rows of data that is no task of the run: those of its test split, if it has one."""
+    found = read(data, split="test")
+    return [dict(found[i]) for i in range(min(rows, len(found)))]
+
+
 def environment() -> dict[str, Any]:
     """Versions, processor and threads."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -107,7 +113,8 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         rows = subset(task, "validation", BATCH)
         figures["latency"] = _latency(base, adapter, read(ask(rows, columns), columns=columns))
     if other := configuration.also.get("forgetting"):
-        figures["forgetting"] = _loss(base, other["data"], other["rows"])
+        text = some(other["data"], other["rows"])
+        figures["forgetting"] = evaluate(base.model, text, objective="causal-lm", processor=base.processor)["loss"]
     return {
         "metrics": metrics,
         "baseline": baseline,
@@ -262,13 +269,6 @@ def _latency(base: Base, adapter: Adapter | None, examples: Examples) -> dict[st
         found["merged"] = seconds()
         merged.undo()
     return found
-
-
-def _loss(base: Base, data: str, rows: int) -> float:
-    """The loss of a language model on the first rows of other data."""
-    examples = read(data, split="test")
-    some = [dict(examples[i]) for i in range(min(rows, len(examples)))]
-    return evaluate(base.model, some, objective="causal-lm", processor=base.processor)["loss"]
 
 
 def _saved(adapter: Adapter) -> int:
