@@ -107,6 +107,7 @@ def compare(
     resume: Annotated[bool, "go on with the comparison in that folder: no run is made twice"] = False,
     jobs: Annotated[int, "runs at a time, each in a process of its own", Range(1)] = 1,
     threads: Annotated[int, "of each run", Range(1)] = 1,
+    retry: Annotated[bool, "make runs again that failed"] = False,
     progress: bool = True,
 ) -> Comparison:
     """Train several methods and the controls on the same data, with the same number of steps, and compare them.
@@ -148,8 +149,10 @@ def compare(
         "target": target, "also": also, "rows": plans[0][0].rows, "training": plans[0][0].training,
     })  # fmt: skip
     known = _known(folder, settings, resume)
-    store, live = folder / "runs", Live(len(plans), enabled=progress)
-    options: dict[str, Any] = {"jobs": jobs, "threads": threads, "progress": live.tell if progress else False}
+    store, live = folder / "runs", Live(enabled=progress)
+    options: dict[str, Any] = {
+        "jobs": jobs, "threads": threads, "retry": retry, "progress": live.tell if progress else False
+    }  # fmt: skip
     with live:
         if known is None:
             count = plans[0][0].training["steps"]

@@ -15,7 +15,7 @@ from ..runs.summary import measured
 class Live:
     """On a terminal a table with a line for each contestant; elsewhere a line for each run that ends; on stderr."""
 
-    def __init__(self, lines: int, *, enabled: bool):
+    def __init__(self, *, enabled: bool):
         self.enabled, self.table = enabled, enabled and sys.stderr.isatty()
         self.phase, self.total, self.ended = "short runs", 0, 0
         self.seen: dict[str, dict[str, Any]] = {}

@@ -67,9 +67,10 @@ def rows(found: Sequence[Summary], target: float | None = None) -> list[dict[str
 
 
 def end_of(found: Sequence[Summary]) -> float | None:
-    """The validation loss of full fine-tuning at its end, mean over the seeds: the quality that others shall reach."""
-    full = next((s for s in found if s.setting.method == "full-fine-tuning" and s.final), None)
-    return statistics.fmean(_losses(full)) if full else None
+    """The last point of the validation loss of full fine-tuning, mean over the seeds: what others shall reach."""
+    full = [r for s in found if s.setting.method == "full-fine-tuning" for r in s.final]
+    ends = [r.figures["validation"][-1][2] for r in full if r.figures.get("validation")]
+    return statistics.fmean(ends) if ends else None
 
 
 def time_to(record: Record, target: float | None) -> float | None:
