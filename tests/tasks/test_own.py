@@ -86,5 +86,5 @@ def test_bad_input_is_one_sentence(tmp_path):
             tasks.task("own", data=data, **knobs).rows("train")
     with pytest.raises(GraftError, match="no objective fits data with the columns sentence"):
         tasks.task("own", data=written(tmp_path / "b.jsonl", [{"sentence": "a"}]))
-    with pytest.raises(TypeError):
-        tasks.task("own")
+    with pytest.raises(GraftError, match="the task own needs data: own,data="):
+        tasks.parse("own")

@@ -158,7 +158,7 @@ def compare(
             count = plans[0][0].training["steps"]
             if time_for_all is not None:
                 count, failed = _fitting(
-                    plans, also, len(seeds), len(sizes), time_for_all, steps, begun, store, options
+                    plans, also, len(seeds), len(sizes), time_for_all, steps, begun, store, options, live
                 )
                 unfit |= failed
             known = {"settings": settings, "steps": count, "unfit": unfit}
@@ -202,7 +202,7 @@ def _task(data: Any, folder: Path, knobs: Mapping[str, Any]) -> tasks.Task:
         except TypeError as error:
             raise GraftError(f"the data cannot be written as JSON lines ({error}): pass a file or a folder") from None
         folder.mkdir(parents=True, exist_ok=True)
-        data = folder / "data.jsonl"
+        data = folder / f"data-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
         disk.replace(data, lines.encode())
     return tasks.task("own", data=str(data), **{k: str(v) if isinstance(v, Path) else v for k, v in knobs.items()})
 
@@ -281,7 +281,7 @@ def _known(folder: Path, settings: Mapping[str, Any], resume: bool) -> dict[str,
 
 def _fitting(
     plans: Sequence[Sequence[Configuration]], also: Mapping[str, Any], seeds: int, sizes: int, available: float,
-    at_most: int | None, begun: float, store: Path, options: dict[str, Any],
+    at_most: int | None, begun: float, store: Path, options: dict[str, Any], live: Live,
 ) -> tuple[int, dict[str, str]]:  # fmt: skip
     """How many steps fit, from a short run of each contestant; and which of these failed, with the reason.
 
@@ -295,6 +295,7 @@ def _fitting(
         _with(replace(plan[0], splits=("train", "validation", "test"), also=also), steps=budgets.TRIAL)
         for plan in trained
     ]
+    live.expect("short runs", short)
     runs = [len(plan) + seeds * (1 + sizes) for plan in trained]
     untrained, found, records = (len(plans) - len(trained)) * (1 + seeds), 0, list[Record]()
     for part in (short[:1], short[1:]):

@@ -178,7 +178,7 @@ def _in_context(configuration: Configuration, examples: Examples, training: dict
 
     def tokens(asked: Any) -> int:
         text = asked if isinstance(asked, str) else "".join(m["content"] for m in asked)
-        return len(base.processor(text)["input_ids"])
+        return len(base.processor(text, verbose=False)["input_ids"])
 
     def ask(rows: tasks.Rows, columns: Mapping[str, str] | None) -> tasks.Rows:
         name, room = (columns or {}).get(kind, kind), longest - rows.generation["max_new_tokens"]

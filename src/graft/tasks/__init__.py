@@ -190,6 +190,8 @@ def task(name: str, **knobs: Any) -> Task:
     for knob in knobs:
         if knob not in hyperparameters(cls):
             raise GraftError(f"the task {name} has no knob {knob!r}: {_nearest(knob, hyperparameters(cls))}")
+    if missing := [knob for knob, of in hyperparameters(cls).items() if of.required and knob not in knobs]:
+        raise GraftError(f"the task {name} needs {missing[0]}: {name},{missing[0]}=...")
     return cls(**knobs)
 
 
