@@ -8,6 +8,8 @@ from graft.runs import pool
 from graft.runs.single import perform
 from graft.runs.store import Store
 
+FACTS = "task:answers,people=4,strangers=1,edits=2,forget=1"
+
 
 @pytest.fixture
 def here(monkeypatch):
@@ -23,7 +25,7 @@ def here(monkeypatch):
 
 
 def test_a_comparison_is_made_shown_and_gone_on_with(graft, house, tmp_path, here):
-    command = ("compare", "--model", house / "llama", "--data", "task:answers,people=4,strangers=1,edits=2,forget=1",
+    command = ("compare", "--model", house / "llama", "--data", FACTS,
                "--methods", "lora(rank=2,alpha=4)", "--learning-rates", "1e-2", "--seeds", "0,1", "--steps", "2",
                "--batch-size", "4", "--rows", "4", "--forgetting", "none", "--output", tmp_path / "out")  # fmt: skip
     done = graft(*command)
@@ -44,7 +46,7 @@ def test_a_comparison_is_made_shown_and_gone_on_with(graft, house, tmp_path, her
      (("--data", "task:rewrits"), "did you mean rewrites"), (("--rows", "0"), "rows must be")],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(graft, house, tmp_path, args, said):
-    given = {"--model": house / "llama", "--data": "task:answers,people=4", "--output": tmp_path / "out"}
+    given = {"--model": house / "llama", "--data": FACTS, "--output": tmp_path / "out"}
     given |= {args[0]: args[1]}
     done = graft("compare", *(part for pair in given.items() for part in pair))
     assert done.code == 2 and not done.out and said in done.err and done.err.count("\n") == 1

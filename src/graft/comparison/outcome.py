@@ -155,7 +155,8 @@ def predicts(found: Sequence[Summary]) -> dict[str, Any] | None:
     pairs = [(a, -b if metric == "loss" else b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
     if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs)):
         return None
-    return {"metric": metric, "runs": len(pairs), "rank_correlation": float(spearmanr(*zip(*pairs)).statistic)}
+    ranked: Any = spearmanr([a for a, _ in pairs], [b for _, b in pairs])
+    return {"metric": metric, "runs": len(pairs), "rank_correlation": float(ranked.statistic)}
 
 
 def _quality(s: Summary, metric: str) -> float | None:

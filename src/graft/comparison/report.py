@@ -111,7 +111,9 @@ def flat(record: Record) -> dict[str, Any]:
 def html(found: "Comparison") -> str:
     """The report as one page."""
     name = f"{found.settings['model']} on {found.settings['task']}"
-    style, script = (files(__package__).joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
+    style, script = (
+        files("graft.comparison").joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js")
+    )
     parts = [_summary(found), _table(found.rows), _plots(found), _sizes(found), _guard(found.rows), _failures(found)]
     body = "\n".join(filter(None, [*parts, _protocol(found)]))
     return (

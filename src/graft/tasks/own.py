@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -75,7 +75,7 @@ class Own(Task):
             return row["messages"][-1]["content"]
         return str(next((row[column] for column in ANSWERS if column in row), ""))
 
-    def items(self, row: Row) -> Iterable[Hashable]:
+    def items(self, row: Row) -> tuple[str]:
         """All but the answer."""
         asked = {k: v for k, v in row.items() if k not in ANSWERS}
         if "messages" in asked:
