@@ -93,7 +93,7 @@ def compare(
     ] = None,
     sizes: Annotated[Sequence[int], "numbers of train rows to measure a learning curve over, at the chosen rate"] = (),
     target: Annotated[
-        float | None, "validation loss whose time is taken; by default that of full fine-tuning at its end"
+        float | None, "validation loss whose time is taken; by default what every seed of full fine-tuning ends with"
     ] = None,
     forgetting: Annotated[
         str | None,

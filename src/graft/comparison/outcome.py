@@ -67,10 +67,10 @@ def rows(found: Sequence[Summary], target: float | None = None) -> list[dict[str
 
 
 def end_of(found: Sequence[Summary]) -> float | None:
-    """The last point of the validation loss of full fine-tuning, mean over the seeds: what others shall reach."""
+    """The last point of the validation loss of full fine-tuning, of its seeds the largest: each of them reached it."""
     full = [r for s in found if s.setting.method == "full-fine-tuning" for r in s.final]
     ends = [r.figures["validation"][-1][2] for r in full if r.figures.get("validation")]
-    return statistics.fmean(ends) if ends else None
+    return max(ends, default=None)
 
 
 def time_to(record: Record, target: float | None) -> float | None:

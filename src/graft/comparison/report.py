@@ -153,7 +153,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     metrics = list(next((r["test"] for r in rows if r["test"]), {}))
-    shown = [f for f in FIGURES if any(r[f[0]] is not None for r in rows)]
+    shown = [
+        f for f in FIGURES if any(r[f[0]] is not None or (f[0] == "time_to_target" and r["reached"]) for r in rows)
+    ]
     forgets = any(r["forgetting"] is not None for r in rows)
     heads = ["contestant", *metrics, "seeds", "learning rate", *(name for _, name, _, _ in shown)]
     heads += ["forgetting"] * forgets
