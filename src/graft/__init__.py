@@ -48,6 +48,7 @@ _PUBLIC = {
     "load_adapted": "tuning",
     "sample": "tuning",
     "generate": "tuning",
+    "compare": "comparison",
     "load_base": "models",
     "save_merged": "models",
 }

@@ -1,6 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from made_up import record
 
+from graft.runs import pool
+from graft.runs.single import perform
+from graft.runs.store import Store
 from models import tokenizer
 
 
@@ -20,3 +26,38 @@ def bases(tmp_path_factory):
     for name in ("llama", "bert"):
         words.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process instead of others; gives the configurations that were run."""
+    made = []
+
+    def run(configurations, folder, *, jobs=1, threads=1, retry=False, progress=True):
+        store = Store(folder)
+        for c in configurations:
+            if store.get(c) is None:
+                made.append(c)
+                store.put(perform(c))
+        return [store.get(c) for c in configurations]
+
+    monkeypatch.setattr(pool, "run", run)
+    return made
+
+
+@pytest.fixture
+def some():
+    """Records of a comparison that no run made: values on the test split by method, and figures of their runs."""
+
+    def made(values, figures=None, rates=(1e-3, 1e-2), metric="test"):
+        found = []
+        for method, of in values.items():
+            rate = None if method in ("no-op", "zero-shot") else 1e-2
+            for tried in [None] if rate is None else rates:
+                found.append(record(tried, 0.5 if tried == rate else 0.4, method=method))
+            for seed, value in enumerate(of):
+                last = record(rate, 0.5, loss=1 - value, test=value, seed=seed, method=method)
+                found.append(replace(last, figures=(figures or {}).get(method, {})))
+        return found
+
+    return made

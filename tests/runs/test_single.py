@@ -10,6 +10,8 @@ from graft import tasks
 from graft.runs.configuration import Configuration
 from graft.runs.single import perform, subset
 
+ROOM = 150  # tokens
+
 
 @pytest.fixture
 def answers(bases):
@@ -90,3 +92,40 @@ def test_a_subset_is_drawn_by_the_seed_of_the_task_and_in_order():
     assert places == sorted(set(places)) and len(places) == 40 and rows == subset(task, "test", 40)
     assert subset(task, "test", 10_000) == task.rows("test")
     assert [task.rows("test").index(row) for row in subset(task, "test", 41)] != places
+
+
+def test_answered_examples_stand_before_the_prompts_as_many_as_fit(answers, monkeypatch, bases):
+    task, asked = tasks.task("answers", **FACTS), []
+
+    def evaluate(model, rows, **given):
+        asked.append(rows)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("graft.runs.single.evaluate", evaluate)
+    assert "not one answered example fits" in perform(answers("in-context")).reason  # in 64 tokens
+    monkeypatch.setattr("graft.runs.single.limit", lambda *given: ROOM)
+    record = perform(answers("in-context", splits=("test",)))
+    assert record.status == "done", record.reason
+    ((*rows,), words) = asked[0], graft.load_base(bases / "llama").processor
+    before = {row["prompt"].removesuffix(plain["prompt"]) for row, plain in zip(rows, subset(task, "test", 8))}
+    (prefix,) = before
+    shots = [shot for shot in prefix.split("\n\n") if shot]
+    known = {f"{row['prompt']}{row['completion']}" for row in task.rows("train")}
+    assert 0 < len(shots) < 4 and set(shots) <= known
+    assert [row["completion"] for row in rows] == [row["completion"] for row in subset(task, "test", 8)]
+    longest = max(len(words(row["prompt"])["input_ids"]) for row in rows)
+    assert longest + asked[0].generation["max_new_tokens"] <= ROOM
+
+
+def test_fewer_rows_to_learn_from_are_some_of_more():
+    from graft.runs.single import _train_rows
+
+    task = tasks.task("rewrites", examples=50)
+    few, more = ([row["prompt"] for row in _train_rows(task, count)] for count in (10, 20))
+    assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
+    assert _train_rows(task, None) == task.rows("train")
+
+
+def test_other_data_than_planned_are_refused(answers):
+    record = perform(replace(answers(), data="another"))
+    assert record.status == "failed" and "plan it anew" in record.reason

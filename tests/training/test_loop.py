@@ -203,6 +203,17 @@ def test_training_stops_without_progress_and_the_model_carries_the_best(classify
     assert same(bits(model), snapshots[2]) and not same(bits(model), snapshots[-1])
 
 
+def test_the_last_parameters_are_kept_where_validation_is_only_looked_at(classify, monkeypatch):
+    from graft.training import loop
+
+    script = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(loop, "measure", lambda *a: {"accuracy": next(script), "f1": 0.0, "loss": 1.0})
+    held = [{"text": "a", "label": "early"}]
+    model, result = classify(steps=6, eval_every=2, validation=held, keep="last")
+    assert result.best_step == 6 and result.metrics["accuracy"] == 0.7
+    assert same(bits(model), bits(classify(steps=6)[0]))
+
+
 def test_lower_is_better_for_a_loss_and_nan_is_never_best(classify, monkeypatch):
     from graft.training import loop
 
@@ -374,6 +385,7 @@ def test_a_long_run_without_a_terminal_tells_lines(classify, monkeypatch, capsys
         ({"learning_rate": "1e-3"}, "learning_rate is a number above 0, not '1e-3'"),
         ({"weight_decay": -1.0}, "weight_decay is a number of at least 0"),
         ({"patience": 2}, "patience needs validation data"),
+        ({"keep": "all"}, "keep is 'best' or 'last', not 'all'"),
         ({"metric": "acuracy"}, "classification has no metric 'acuracy': did you mean accuracy"),
         ({"schedule": "cosin"}, "did you mean cosine"),
         ({"objective": "regresion"}, "did you mean regression"),

@@ -67,6 +67,18 @@ def console() -> Any:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
+def spread(found: dict[str, Any] | None) -> str:
+    """Mean and standard deviation."""
+    if not found:
+        return ""
+    return f"{found['mean']:.3f}" + ("" if found["sd"] is None else f" ± {found['sd']:.3f}")
+
+
+def figure(value: float | None, unit: float, form: str) -> str:
+    """A number in a unit, or nothing."""
+    return "" if value is None else form.format(value / unit)
+
+
 def _cell(value: Any) -> Any:
     from rich.text import Text
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..core.errors import GraftError
-from ._output import Json, print_facts, print_json, print_table, working
+from ._output import Json, figure, print_facts, print_json, print_table, spread, working
 from ._settings import Setting, parameters, settings, values
 
 
@@ -50,7 +50,7 @@ def tasks(
         print_table(rows, ("task", "what is asked", "metric", "licence"))
         return print(f"{len(rows)} tasks; graft tasks show NAME tells all about one")
     facts = {k: found[k] for k in ("version", "sources", "licence", "labels", "metrics", "baseline", "fingerprint")}
-    facts |= {f"{r['method']}, {r['base']}": {k: _spread(v) for k, v in r["test"].items()} for r in found["references"]}
+    facts |= {f"{r['method']}, {r['base']}": {k: spread(v) for k, v in r["test"].items()} for r in found["references"]}
     print_facts(facts, made.name)
     print(f"{found['doc']}\n")
     print_table(
@@ -83,9 +83,9 @@ def _print_summaries(found: list[Any]) -> None:
 
     rows, metrics = [s.row() for s in found], measured(found[0].setting)
     shown = [
-        (r["method"], *(_spread(r["test"].get(m)) for m in metrics), len(r["seeds"]), _rate(r), r["parameters"],
-         _figure(r["training"], 1, "{:.0f} s"), _figure(r["step"], 1e-3, "{:.0f} ms"),
-         _figure(r["peak_memory"], 2**20, "{:,.0f} MiB"), _figure(r["adapter_bytes"], 2**10, "{:,.0f} KiB"),
+        (r["method"], *(spread(r["test"].get(m)) for m in metrics), len(r["seeds"]), _rate(r), r["parameters"],
+         figure(r["training"], 1, "{:.0f} s"), figure(r["step"], 1e-3, "{:.0f} ms"),
+         figure(r["peak_memory"], 2**20, "{:,.0f} MiB"), figure(r["adapter_bytes"], 2**10, "{:,.0f} KiB"),
          [f"{count} failed: {reason}" for reason, count in r["failures"].items()])
         for r in rows
     ]  # fmt: skip
@@ -93,21 +93,10 @@ def _print_summaries(found: list[Any]) -> None:
     print_table(shown, ("method", *metrics, *heads), f"{rows[0]['task']} on {rows[0]['base']}")
 
 
-def _spread(found: dict[str, Any] | None) -> str:
-    """Mean and standard deviation."""
-    if not found:
-        return ""
-    return f"{found['mean']:.3f}" + ("" if found["sd"] is None else f" ± {found['sd']:.3f}")
-
-
 def _rate(row: dict[str, Any]) -> str:
     """The chosen rate, marked where the grid ends."""
     rate = row["learning_rate"]
     return "" if rate is None else f"{rate:g}{' (end of the grid)' if row['at_end_of_grid'] else ''}"
-
-
-def _figure(value: float | None, unit: float, form: str) -> str:
-    return "" if value is None else form.format(value / unit)
 
 
 def _short(value: Any) -> str:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from ..catalogue import plain
+
+LATER = {"later": True}  # of a field that came later: left out where it is empty, so that older names stay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class Configuration:
     training  what `graft.fit` takes
     rows      as many rows of a split as are measured at most, drawn by the task's seed
     splits    what is measured, of the parameters after the last step
+    train_rows  as many rows of the train split as are trained on at most; the smaller of two draws is within the larger
+    also      what is measured beside that: `points` of a curve of the validation loss; `latency` (true) of one batch;
+              the loss on the data of `forgetting`, {"data": name, "rows": at most, "fingerprint": of these}
     """
 
     base: str
@@ -38,10 +43,13 @@ class Configuration:
     training: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 512
     splits: tuple[str, ...] = ("validation",)
+    train_rows: int | None = field(default=None, metadata=LATER)
+    also: Mapping[str, Any] = field(default_factory=dict, metadata=LATER)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return plain(asdict(self))
+        empty = {f.name for f in fields(self) if f.metadata == LATER and not getattr(self, f.name)}
+        return plain({k: v for k, v in asdict(self).items() if k not in empty})
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Configuration":

@@ -11,7 +11,7 @@ from ..core.errors import GraftError
 from ..core.hyper import hyperparameters
 from ..core.recipe import Recipe, method
 from ..training.messages import nearest
-from .single import CONTROLS
+from .single import CONTROLS, UNTRAINED
 
 RATES = (1e-3, 3e-3, 1e-2)
 # Where the default grid would miss the best rate: few numbers that scale or shift activations want larger steps, all
@@ -67,7 +67,7 @@ class Contestant:
 
     @property
     def trains(self) -> bool:
-        return self.method != "zero-shot"
+        return self.method not in UNTRAINED
 
 
 def title(name: str, options: Mapping[str, Any]) -> str:

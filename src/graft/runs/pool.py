@@ -22,6 +22,9 @@ PROGRAM = ("-m", "graft.runs")
 POLL = 0.05  # seconds between two looks at the processes
 
 
+Tell = Callable[[list[Configuration], Record | None], None]
+
+
 @dataclass
 class _Child:
     configuration: Configuration
@@ -37,14 +40,14 @@ def run(
     jobs: int = 1,
     threads: int = 1,
     retry: bool = False,
-    progress: bool = True,
+    progress: bool | Tell = True,
 ) -> list[Record]:
     """The records of the configurations, in their order; those which the folder has not are made.
 
     jobs      processes at a time
     threads   of each of them
     retry     make those again that failed
-    progress  show on stderr how far it is
+    progress  show on stderr how far it is; or what to call with the configurations that run, and a record that came
 
     A run that fails, or whose process dies, gives a record with the reason, and the others go on. When this process
     ends, however it does, the others do too; what is not in the folder then is made by the next call.
@@ -57,10 +60,10 @@ def run(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     running.append(_start(waiting.pop(0), store, threads))
-                    tell(running, None)
+                    tell([c.configuration for c in running], None)
                 for child in [c for c in running if c.process.poll() is not None]:
                     running.remove(child)
-                    tell(running, _finish(child, store))
+                    tell([c.configuration for c in running], _finish(child, store))
                 time.sleep(POLL)
         finally:
             for child in running:
@@ -103,16 +106,19 @@ def _finish(child: _Child, store: Store) -> Record:
 
 
 @contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[list[_Child], Record | None], None]]:
+def _bar(total: int, progress: bool | Tell) -> Iterator[Tell]:
     """Something to tell which runs there are, and which one has ended: a bar on a terminal, lines elsewhere."""
     ended = []
 
-    def lines(running: list[_Child], record: Record | None) -> None:
+    def lines(running: list[Configuration], record: Record | None) -> None:
         if record:
             ended.append(record)
             what = "done" if record.done else f"failed: {record.reason}"
-            print(f"{len(ended)} of {total} runs: {_called(record.configuration)} {what}", file=sys.stderr, flush=True)
+            print(f"{len(ended)} of {total} runs: {called(record.configuration)} {what}", file=sys.stderr, flush=True)
 
+    if callable(progress):
+        yield progress
+        return
     if not (progress and total and sys.stderr.isatty()):
         yield lines if progress else lambda running, record: None
         return
@@ -131,15 +137,16 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[list[_Child], Record 
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         shown = bar.add_task("", total=total)
 
-        def live(running: list[_Child], record: Record | None) -> None:
+        def live(running: list[Configuration], record: Record | None) -> None:
             if record and not record.done:
-                console.print(f"{_called(record.configuration)} failed: {record.reason}")
-            now = ", ".join(_called(child.configuration) for child in running)
+                console.print(f"{called(record.configuration)} failed: {record.reason}")
+            now = ", ".join(map(called, running))
             bar.update(shown, advance=1 if record else 0, description=now)
 
         yield live
 
 
-def _called(c: Configuration) -> str:
+def called(c: Configuration) -> str:
+    """A run in a line of text."""
     rate = c.training.get("learning_rate")
     return f"{c.task} {title(c.method, c.options)}{'' if rate is None else f' {rate:g}'} seed {c.seed}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import tasks
+from ..core.errors import GraftError
 from ..core.fingerprint import fingerprint
 from ..core.hyper import Range
 from ..models import load_base
@@ -13,7 +14,7 @@ from .configuration import Configuration
 from .contestants import Contestant, default
 from .pool import run
 from .single import DTYPE
-from .store import archive
+from .store import Record, archive
 from .summary import Summary, choose, summarise
 
 TRAINING = {"schedule": "linear", "warmup": 0.06, "optimizer": "adamw", "weight_decay": 0.0, "clip": 1.0}
@@ -62,11 +63,7 @@ def reference(
     )  # fmt: skip
     options: dict[str, Any] = {"jobs": jobs, "threads": threads, "retry": retry, "progress": progress}
     tried = run([c for plan in plans for c in plan], output, **options)
-    by_id, last = {r.configuration.id: r for r in tried}, []
-    for plan in plans:
-        if best := choose([by_id[c.id] for c in plan if c.id in by_id]):
-            last += final(best.configuration, seeds)
-    found = [*tried, *run(last, output, **options)]
+    found = [*tried, *run([c for best in chosen(plans, tried) for c in final(best, seeds)], output, **options)]
     if archived:
         archive(archived, found)
     return summarise(found)
@@ -95,6 +92,8 @@ def tuning(
         **TRAINING,
     }
     place = base or usual.base
+    if not place:
+        raise GraftError(f"the task {task.name} has no base of its own: name one, such as base='graft:seedling'")
     common = Configuration(
         base=place, weights=fingerprint(load_base(place, dtype=DTYPE).model), task=task.name, version=task.version,
         knobs={knob.name: getattr(task, knob.name) for knob in fields(task)}, data=task.fingerprint(), method="",
@@ -109,7 +108,14 @@ def tuning(
     return plans
 
 
-def final(chosen: Configuration, seeds: Sequence[int]) -> list[Configuration]:
-    """The chosen run for each seed, measured on the test split as well; without training one seed is enough."""
-    needed = seeds if "learning_rate" in chosen.training else seeds[:1]
-    return [replace(chosen, seed=seed, splits=("validation", "test")) for seed in needed]
+def chosen(plans: Sequence[Sequence[Configuration]], tried: Sequence[Record]) -> list[Configuration]:
+    """Of each plan the configuration at the best rate; none of a plan whose runs all failed."""
+    by_id = {r.configuration.id: r for r in tried}
+    best = [choose([by_id[c.id] for c in plan if c.id in by_id]) for plan in plans]
+    return [record.configuration for record in best if record]
+
+
+def final(best: Configuration, seeds: Sequence[int], **changes: Any) -> list[Configuration]:
+    """The chosen run for each seed, measured on the test split as well; the base as it is knows no seed."""
+    needed = seeds[:1] if best.method == "zero-shot" else seeds
+    return [replace(best, seed=seed, splits=("validation", "test"), **changes) for seed in needed]

@@ -29,6 +29,8 @@ class Record:
     seconds      of training, of a step (the median), of measuring, and in all
     peak_memory  bytes that the process held at most while it trained
     environment  versions, processor, threads
+    figures      what `Configuration.also` asked for: `validation` [[step, seconds of training, loss], ...]; `latency`
+                 {"unmerged", "merged"} in seconds, or None where nothing merges; `forgetting`, the loss on that data
     """
 
     configuration: Configuration
@@ -42,6 +44,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -50,6 +53,7 @@ class Record:
     def json(self) -> str:
         """One line; numbers that are not finite are texts, which `float` reads."""
         content = {"format": FORMAT, "id": self.configuration.id, **asdict(self)}
+        content = {k: v for k, v in content.items() if v or k != "figures"}
         content = plain(content | {"configuration": self.configuration.plain()})
         return json.dumps(content | {"sha256": _checksum(content)})
 

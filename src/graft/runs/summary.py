@@ -80,7 +80,7 @@ def choose(tuning: Sequence[Record]) -> Record | None:
 
 def measured(configuration: Configuration) -> list[str]:
     """What a table shows of a task: its own metrics, and the loss."""
-    return [*(m.__name__ for m in tasks.find(configuration.task).metrics), "loss"]
+    return [*(m.__name__ for m in tasks.find(configuration.task).judged(configuration.knobs)), "loss"]
 
 
 def rates(records: Iterable[Record]) -> list[float]:
@@ -90,7 +90,7 @@ def rates(records: Iterable[Record]) -> list[float]:
 
 def setting(c: Configuration) -> str:
     """What the contestants of one table share, as a text that is equal for those."""
-    left_out = {"method", "options", "targets", "seed", "splits"}
+    left_out = {"method", "options", "targets", "seed", "splits", "also"}
     content = {k: v for k, v in c.plain().items() if k not in left_out}
     content["training"] = {k: v for k, v in content["training"].items() if k != "learning_rate"}
     return json.dumps(content, sort_keys=True)
@@ -153,8 +153,8 @@ def _contestant(c: Configuration) -> str:
 
 
 def _worth(record: Record) -> tuple[float, ...]:
-    found, metrics = record.metrics["validation"], tasks.find(record.configuration.task).metrics
-    return (*(found[m.__name__] for m in metrics[:1]), -found["loss"])
+    found, (deciding, *_) = record.metrics["validation"], measured(record.configuration)
+    return (*([found[deciding]] if deciding != "loss" else []), -found["loss"])
 
 
 def _rate(record: Record) -> float | None:

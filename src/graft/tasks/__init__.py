@@ -151,6 +151,11 @@ class Task(ABC):
             raise GraftError(f"the task {self.name} has no split {split!r}: {_nearest(split, self.splits)}")
         return Rows(self._all[split], self, split)
 
+    @classmethod
+    def judged(cls, knobs: Mapping[str, Any]) -> tuple[Metric, ...]:
+        """The metrics of a task with these knobs, without making its rows."""
+        return cls.metrics
+
     def answer(self, row: Row) -> str:
         """What a model should say of a row."""
         return row[self.target]
@@ -185,6 +190,8 @@ def task(name: str, **knobs: Any) -> Task:
     for knob in knobs:
         if knob not in hyperparameters(cls):
             raise GraftError(f"the task {name} has no knob {knob!r}: {_nearest(knob, hyperparameters(cls))}")
+    if missing := [knob for knob, of in hyperparameters(cls).items() if of.required and knob not in knobs]:
+        raise GraftError(f"the task {name} needs {missing[0]}: {name},{missing[0]}=...")
     return cls(**knobs)
 
 
@@ -221,9 +228,14 @@ def find(name: str) -> type[Task]:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """What all tasks say of themselves, by name, without making their rows."""
+    """What all tasks that are at hand say of themselves, by name, without making their rows.
+
+    One whose data must be named, as those of `own`, is not among them.
+    """
     _import()
-    return [describe(cls) for _, cls in sorted(TASKS.items())]
+    return [
+        describe(cls) for _, cls in sorted(TASKS.items()) if not any(k.required for k in hyperparameters(cls).values())
+    ]
 
 
 def describe(cls: type[Task]) -> dict[str, Any]:
@@ -252,6 +264,7 @@ def card(made: Task, examples: int = 2) -> dict[str, Any]:
     """The data card of a task with its knobs: what it says of itself, and sizes, examples and the baseline."""
     return {
         **describe(type(made)),
+        "metrics": [m.__name__ for m in made.metrics],
         "values": {knob.name: getattr(made, knob.name) for knob in fields(made)},
         "labels": made.labels,
         "sizes": {split: len(made.rows(split)) for split in made.splits},

@@ -38,6 +38,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
         raise GraftError(f"gradient_dropout is at most 1, not {given['gradient_dropout']!r}")
     if given["clip_by"] not in ("global", "component"):
         raise GraftError(f"clip_by is 'global' or 'component', not {given['clip_by']!r}")
+    if given["keep"] not in ("best", "last"):
+        raise GraftError(f"keep is 'best' or 'last', not {given['keep']!r}")
     if given["resume"] not in (True, False, "auto"):
         raise GraftError(f"resume is True, False or 'auto', not {given['resume']!r}")
     if isinstance(given["validation"], int):

@@ -98,6 +98,7 @@ def fit(
     eval_every: int | None = None,
     metric: str | None = None,
     patience: int | None = None,
+    keep: str = "best",
     output: str | Path | None = None,
     save_every: int | None = None,
     resume: bool | str = "auto",
@@ -109,7 +110,7 @@ def fit(
     Of several adapters those are trained together which run and are not frozen, each with its schedule and its penalty;
     one that is frozen (`adapter.requires_grad_(False)`) or switched off keeps its bits.
     The model is trained in place, on the devices that `accelerate` finds (start with `accelerate launch` for several).
-    With validation data it carries the best parameters seen at the end, otherwise the last ones.
+    With validation data it carries the best parameters seen at the end (see `keep`), otherwise the last ones.
 
     data                   see `graft.training.read`
     validation             data to measure on while training, or the fraction of `data` to hold out for that: 0.1
@@ -146,6 +147,8 @@ def fit(
     eval_every, save_every in steps; by default after each epoch
     metric                 which of the validation metrics says what is best; by default accuracy, mse or loss
     patience               stop after so many evaluations without a better `metric`
+    keep                   which parameters the model carries at the end: best, of those measured on the validation data
+                           by `metric`, or last, where that data is only looked at
     output                 folder of the run: checkpoints, history.jsonl, trackers' files; nothing is written without it
     resume                 "auto": go on where an earlier run in `output` stopped, to the same bits as without the stop;
                            True: refuse to begin anew; False: begin anew and remove the earlier run's checkpoints
@@ -315,7 +318,7 @@ def fit(
                         scores = measure(model, task, tested, batch_size, device, bf16, rank, ranks)
                         value, waiting = worth(scores), waiting + 1
                         if best is None or value > best["value"]:
-                            copy = resumption.tensors(model)
+                            copy = resumption.tensors(model) if keep == "best" else None
                             best, waiting = {"value": value, "step": step, "metrics": scores, "tensors": copy}, 0
                     report.add({"step": step, "validation": scores})
                     stopped = patience is not None and waiting >= patience
@@ -330,8 +333,10 @@ def fit(
                 if stopped:
                     break
         optimizers.average(tuner.optimizer)
-        if best:
+        if best and keep == "best":
             resumption.set_tensors(model, best["tensors"])
+        elif best:
+            best |= {"step": step, "metrics": next(r["validation"] for r in reversed(history) if "validation" in r)}
         return Result(
             metrics=best["metrics"] if best else {},
             history=history, steps=step, best_step=best["step"] if best else step,
