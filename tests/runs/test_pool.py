@@ -13,7 +13,7 @@ from made_up import configuration
 
 import graft as library
 from graft.cli import run as command_line
-from graft.runs import pool
+from graft.runs import forks
 from graft.runs.pool import run
 from graft.runs.store import Record, Store, read
 
@@ -21,19 +21,30 @@ SOURCE = str(Path(library.__file__).parents[1])
 
 # A run whose seed is n notes that it began and does what is prepared for n.
 STAND_IN = """
-import json, os, shutil, signal, sys
+import os, shutil, signal
 from pathlib import Path
-folder, made = Path(sys.argv[1]), json.loads(sys.argv[2])
-with open(folder.parent / "begun", "a") as file:
-    file.write(f"{made['seed']}\\n")
-fate = made["options"].get("fate")
-if fate == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-if fate == "crash":
-    sys.exit("no way")
-folder.mkdir(exist_ok=True)
-(prepared,) = (folder.parent / "prepared" / str(made["seed"])).glob("*.json")
-shutil.copy(prepared, folder)
+from graft.runs import forks
+
+def run(wanted):
+    folder, made = Path(wanted["folder"]), wanted["configuration"]
+    with open(folder.parent / "begun", "a") as file:
+        file.write(f"{made['seed']}\\n")
+    fate = made["options"].get("fate")
+    if fate == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "all killed":
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
+    if fate == "crash":
+        Path(wanted["errors"]).write_text("no way")
+        return 1
+    folder.mkdir(exist_ok=True)
+    (prepared,) = (folder.parent / "prepared" / str(made["seed"])).glob("*.json")
+    shutil.copy(prepared, folder)
+    return 0
+
+forks._import, forks._run = lambda wanted: True, run
+forks.serve(1)
 """
 
 
@@ -41,7 +52,7 @@ shutil.copy(prepared, folder)
 def stand_in(tmp_path, monkeypatch):
     """Configurations whose runs have these fates, and the seeds of the runs that began."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(pool, "PROGRAM", (str(tmp_path / "stand_in.py"),))
+    monkeypatch.setattr(forks, "PROGRAM", (str(tmp_path / "stand_in.py"),))
 
     def made(fates):
         found = [configuration(seed=i, options={"fate": fate}) for i, fate in enumerate(fates)]
@@ -61,6 +72,11 @@ def test_runs_that_die_or_fail_are_recorded_and_the_others_go_on(tmp_path, stand
     assert [r.status for r in records] == ["failed", "done", "failed", "failed", "done"]
     assert "killed by SIGKILL" in records[0].reason and "ended with code 1: no way" in records[2].reason
     assert records[3].reason == "because" and Store(tmp_path / "store").get(wanted[0]) == records[0]
+
+
+def test_when_what_runs_are_forked_from_dies_only_what_ran_is_lost(tmp_path, stand_in):
+    records = run(stand_in[0]([None, "all killed", None]), tmp_path / "store", progress=False)
+    assert [r.status for r in records] == ["done", "failed", "done"] and "killed by SIGKILL" in records[1].reason
 
 
 def test_exactly_the_missing_runs_are_made(tmp_path, stand_in, capfd):

@@ -1,24 +1,21 @@
 """Many runs, each in a process of its own: one that dies takes no other with it, and memory is counted for each."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .configuration import Configuration
 from .contestants import title
+from .forks import Fork, Forks
 from .single import failed
 from .store import Record, Store
 
-PROGRAM = ("-m", "graft.runs")
 POLL = 0.05  # seconds between two looks at the processes
 
 
@@ -28,8 +25,8 @@ Tell = Callable[[list[Configuration], Record | None], None]
 @dataclass
 class _Child:
     configuration: Configuration
-    process: subprocess.Popen
-    errors: Any
+    process: Fork
+    errors: Path
     begun: float
 
 
@@ -55,45 +52,36 @@ def run(
     store, wanted = Store(folder), list(configurations)
     missing = {c.id: c for c in wanted if (r := store.get(c)) is None or (retry and not r.done)}
     waiting, running = list(missing.values()), list[_Child]()
-    with _bar(len(missing), progress) as tell:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_start(waiting.pop(0), store, threads))
-                    tell([c.configuration for c in running], None)
-                for child in [c for c in running if c.process.poll() is not None]:
-                    running.remove(child)
-                    tell([c.configuration for c in running], _finish(child, store))
-                time.sleep(POLL)
-        finally:
-            for child in running:
-                child.process.kill()
-                child.process.wait()
+    with _bar(len(missing), progress) as tell, tempfile.TemporaryDirectory() as place, _forks(threads) as forks:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(waiting.pop(0), store, forks, Path(place)))
+                tell([c.configuration for c in running], None)
+            for child in [c for c in running if c.process.poll() is not None]:
+                running.remove(child)
+                tell([c.configuration for c in running], _finish(child, store))
+            time.sleep(POLL)
     found = [store.get(c) for c in wanted]
     return [record for record in found if record]
 
 
-def _start(configuration: Configuration, store: Store, threads: int) -> _Child:
+def _forks(threads: int) -> closing[Forks]:
     source = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *PROGRAM, str(store.folder), json.dumps(configuration.plain())]
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _finish)
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
-        start_new_session=os.name == "posix",  # an interruption at the terminal is for this process alone
-    )  # fmt: skip
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return closing(Forks(os.environ | own))
+
+
+def _start(configuration: Configuration, store: Store, forks: Forks, place: Path) -> _Child:
+    errors = place / configuration.id
+    process = forks.start(store.folder.absolute(), configuration.plain(), errors)
     return _Child(configuration, process, errors, time.monotonic())
 
 
 def _finish(child: _Child, store: Store) -> Record:
     """The record of a process that has ended, made here if it left none."""
-    code = child.process.returncode
-    if child.process.stdin:
-        child.process.stdin.close()
-    child.errors.seek(0)
-    lines = child.errors.read().decode(errors="replace").strip().splitlines()
-    child.errors.close()
+    code = child.process.poll()
+    lines = child.errors.read_text(errors="replace").strip().splitlines() if child.errors.exists() else []
     record = store.get(child.configuration)
     if code and not (record and record.done):
         last = f": {lines[-1]}" if lines else ""

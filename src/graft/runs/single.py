@@ -84,6 +84,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def load(configuration: Configuration) -> Base:
+    """The base of a run, loaded for its data, as for a control that is not trained."""
+    task, columns = tasks.task(configuration.task, **configuration.knobs), configuration.training.get("columns")
+    return _loaded(configuration, read(task.rows("train"), columns=columns), {})
+
+
 def _performed(configuration: Configuration) -> dict[str, Any]:
     task = tasks.task(configuration.task, **configuration.knobs)
     if configuration.data and configuration.data != task.fingerprint():
