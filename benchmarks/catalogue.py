@@ -9,7 +9,8 @@ of a method is what PEFT makes of our adapter in its format, with the same hyper
 a process of its own:
 
 step    forward, backward, the method's own schedule and AdamW, in seconds of the processor, which neighbours on the
-        machine disturb less than the clock on the wall; the median over rounds of the ratio to a LoRA step in that round
+        machine disturb less than the clock on the wall; the median over rounds of the ratio to a LoRA step in the same
+        round
 kept    bytes that autograd keeps for backward beside parameters and buffers; counted
 peak    the most bytes that the first step has allocated at a time beside the base and the adapter: activations,
         gradients, the state of the optimizer and what is made on the way; counted
@@ -37,8 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graft
 from graft import methods
 from graft.catalogue import catalogue
-from graft.core.delta import METHODS
 from graft.core import formats
+from graft.core.delta import METHODS
 from graft.training.optimizers import forget
 from harness import in_turns, kept_for_backward, machine, most_allocated, ratio
 
@@ -195,7 +196,12 @@ def main():
             rows[name] = row = pool.submit(measure, name, args.rounds).result()
             found = {"machine": machine(1), "rounds": args.rounds, "rows": [rows[n] for n in sorted(rows)]}
             args.json.write_text(json.dumps(found, indent=1) + "\n")
-            print(name, *(f"{p} {_short(row[p])}" for p in DTYPES), f"file {row['file'] / 4 / row['trained']:.2f}", flush=True)
+            print(
+                name,
+                *(f"{p} {_short(row[p])}" for p in DTYPES),
+                f"file {row['file'] / 4 / row['trained']:.2f}",
+                flush=True,
+            )
 
 
 def _short(found: dict) -> str:

@@ -27,7 +27,12 @@ def dense(planes, d):
 
 
 @settings(max_examples=40, deadline=None)
-@given(d=st.integers(2, 21) | st.sampled_from([24, 64, 96, 160]), d_out=st.integers(1, 6), strict=st.booleans(), seed=st.integers(0, 99))
+@given(
+    d=st.integers(2, 21) | st.sampled_from([24, 64, 96, 160]),
+    d_out=st.integers(1, 6),
+    strict=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_turns_the_inputs_by_all_planes(d, d_out, strict, seed):
     host = linear(d, d_out, seed=seed)
     w, x = host.weight.detach().clone(), torch.randn(4, d, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Random numbers that are the same on every machine and with every version of torch.
 
-torch promises no such thing of its generators. What is not saved but drawn again from a seed comes from here: integers by
-splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), of which the arithmetic is exact,
+torch promises no such thing of its generators. What is not saved but drawn again from a seed comes from here: whole
+numbers by splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), in exact arithmetic,
 and one rounded product.
 """
 

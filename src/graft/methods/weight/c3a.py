@@ -81,8 +81,8 @@ class C3A(Delta, name="c3a"):
 class _Correlation(torch.autograd.Function):
     """y_m = sum over n of irfft(rfft(x_n) S_mn) [..., m, block] for x [..., n, block] and S [m, n, block // 2 + 1].
 
-    The gradients are transforms of real features as well, those of torch.fft complex and of full length; no transform is
-    kept for backward.
+    The gradients are transforms of real features as well, where those of torch.fft are complex and of full length; no
+    transform is kept for backward.
     """
 
     generate_vmap_rule = True
@@ -103,10 +103,12 @@ class _Correlation(torch.autograd.Function):
             dx = _Correlation.apply(grads[0], S.conj().resolve_conj().transpose(0, 1))
         if ctx.needs_input_grad[1]:
             size = x.shape[-1]
-            twice = torch.full((size // 2 + 1,), 2 / size, dtype=x.dtype, device=x.device)  # itself and its conjugate
-            twice[:: size // 2 if size > 1 and size % 2 == 0 else len(twice)] = 1 / size
-            g, h = (torch.fft.rfft(t).flatten(0, -3) for t in (grads[0], x))
-            dS = torch.stack([(g * h[:, n : n + 1].conj()).sum(0) for n in range(h.shape[1])], 1) * twice
+            share = torch.full((size // 2 + 1,), 2 / size, dtype=x.dtype, device=x.device)  # one's and its conjugate's
+            share[0] = 1 / size
+            if size % 2 == 0:
+                share[-1] = 1 / size
+            g, h = (torch.fft.rfft(t.reshape(-1, *t.shape[-2:])) for t in (grads[0], x))
+            dS = torch.stack([(g * h[:, n : n + 1].conj()).sum(0) for n in range(h.shape[1])], 1) * share
         return dx, dS
 
 

@@ -16,8 +16,8 @@ class QGOFT(Delta, name="qgoft"):
     P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the
     L = log2(in) levels together make a tree, in which a plane costs a few operations per token. A number of features
     that is no power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into
-    blocks [32, 32] before they meet the inputs, where 32 divides their number. With `strict` (GOFT) a plane is rotated by
-    an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
+    blocks [32, 32] before they meet the inputs, where 32 divides `in`. With `strict` (GOFT) a plane is rotated by an
+    angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
     (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at first, and
     gamma sum <alpha, beta>^2 over all planes is added to the loss.
 
