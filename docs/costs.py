@@ -29,10 +29,10 @@ FLOORS = """## Where the algebra has a floor
 n tokens meet a frozen W [out, in]; its step takes 4 n in out operations, since W needs no gradient.
 
 - **All singular vectors (SVF, SVFT) and LoLDU of full rank.** Two more dense products on the activations take
-  4 n k (in + out), k = min(in, out): three times the host's operations for a square W. W' formed instead, twice, takes
-  6 k in out, and 2 n in out for dL/dW': the same at n = in, less for more tokens. SVF and LoLDU choose by these
-  formulas in float32. In half precision they stay on the activations, since W' would lose what is small beside W.
-- **RandLoRA.** Its sum has full rank, so that nearly the same holds; it chooses too.
+  4 n k (in + out), k = min(in, out): three times the host's operations for a square W. W' formed instead, twice, would
+  take 6 k in out, and 2 n in out for dL/dW': the same at n = in, less for more tokens. It is not done: rows of a batch
+  with adapters of their own are served by the factors, and in half precision W' would lose what is small beside W.
+- **RandLoRA.** Its sum has full rank, so that nearly the same holds; it chooses between the two.
 - **Products with W, entry by entry (HiRA, GLoRA).** No factored form: W' is formed, twice, and dL/dW' takes half of
   the host's operations once more.
 - **SAID, FourierFT.** Dense maps of few numbers onto W: transforms, of W' (SAID) or of the activations (FourierFT).

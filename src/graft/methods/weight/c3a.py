@@ -69,7 +69,8 @@ class C3A(Delta, name="c3a"):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.block))
-            change = _Correlation.apply(wide, spectrum.to(wide.dtype.to_complex()))
+            own = torch.complex128 if wide.dtype == torch.float64 else torch.complex64
+            change = _Correlation.apply(wide, spectrum.to(own))
         return y + change.flatten(-2).to(y.dtype)
 
     def weight(self, w):

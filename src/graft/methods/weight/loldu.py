@@ -31,7 +31,7 @@ class LoLDU(Between, name="loldu"):
             "https://arxiv.org/abs/2410.13618",
         ),
     )
-    small = dict(rank=12)
+    small = dict(rank=3)
     L: Tensor
     U: Tensor
     d: Tensor
