@@ -2,7 +2,7 @@
 
 torch promises no such thing of its generators. What is not saved but drawn again from a seed comes from here: whole
 numbers by splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), in exact arithmetic,
-and one rounded product.
+and one rounded product. While deltas are built, torch.initial_seed() is the seed of their adapter.
 """
 
 import math
