@@ -110,7 +110,7 @@ def measure(name: str, rounds: int) -> dict:
     torch.set_num_threads(1)
     methods.load()
     formats.load()
-    row: dict = {"method": name}
+    row: dict = {"method": name, "rounds": rounds, "machine": machine(1)}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for precision, dtype in DTYPES.items():
@@ -188,14 +188,13 @@ def main():
     rows: dict[str, dict] = {}
     names = args.methods or [m["name"] for m in catalogue()]
     if args.methods and args.json.exists():
-        rows = {row["method"]: row for row in json.loads(args.json.read_text())["rows"]}
+        rows = {row["method"]: row for row in json.loads(args.json.read_text())}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "peft"])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for name in track(names, "measuring ", transient=True, console=Console(stderr=True)):
             rows[name] = row = pool.submit(measure, name, args.rounds).result()
-            found = {"machine": machine(1), "rounds": args.rounds, "rows": [rows[n] for n in sorted(rows)]}
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+            args.json.write_text(json.dumps([rows[n] for n in sorted(rows)], indent=1) + "\n")
             print(
                 name,
                 *(f"{p} {_short(row[p])}" for p in DTYPES),

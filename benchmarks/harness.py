@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,8 @@ def most_allocated(step: Callable[[], object]) -> int:
     """The most bytes that `step` had allocated at a time on the CPU, beside those that were there before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
         step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    recorded: Any = found.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return max(itertools.accumulate(sizes), default=0)
 

@@ -140,7 +140,8 @@ def _cut(kinds, tensors):
 def _formed(kinds, w, *tensors):
     """W + W * A + B."""
     A, B = _cut(kinds, tensors)
-    new = torch.addcmul(w, w, _value(A)) if A else w
+    scale = _value(A)
+    new = w if scale is None else torch.addcmul(w, w, scale)
     if len(B) == 2:
         return torch.addmm(new, *B)
     return new + B[0] if B else new
