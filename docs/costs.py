@@ -18,9 +18,11 @@ measured and how:
     {settings}
 
 A small Llama, width 512, 2 layers, 4 x 128 tokens. `step` is forward, backward, the method's own schedule and AdamW:
-the median of ratios to a LoRA step in the same round, in time of the processor; {spread}.
-`kept` is what autograd keeps for backward beside parameters and buffers, `peak` the most that the first step
-allocates at a time, gradients and the state of the optimizer included; both are counted. `PEFT` is PEFT's tuner with
+the median of ratios to a LoRA step in the same round, in time of the processor.
+{spread}. The machine was shared with many jobs; the row of LoRA, measured
+against itself, shows the noise of the others. `kept` is what autograd saves for backward beside parameters and buffers,
+also on branches that are then detached (the norms of PEFT's DoRA), `peak` the most that the first step allocates at a
+time, gradients and the state of the optimizer included; both are counted. `PEFT` is PEFT's tuner with
 the same hyperparameters and tensors. Methods train different numbers of different things: this page tells what a
 method costs, not which is better.
 """
@@ -59,7 +61,7 @@ VeRA draws its bases from the adapter's seed by exact arithmetic, the same every
 def page() -> str:
     rows = json.loads(RECORDS.read_text(encoding="utf-8"))
     lora = {p: [row[p]["lora"]["seconds"] for row in rows] for p in PRECISIONS}
-    spread = "a LoRA step takes " + " and ".join(f"{min(v):.2f} to {max(v):.2f} s in {p}" for p, v in lora.items())
+    spread = "A LoRA step takes " + " and ".join(f"{min(v):.2f} to {max(v):.2f} s in {p}" for p, v in lora.items())
     settings = sorted({f"{row['machine']}, {row['rounds']} rounds" for row in rows})
     head = HEAD.format(settings="\n    ".join(settings), count=len(rows), spread=spread)
     parts = [head.strip(), *(_times(rows)), _memory(rows), _files(rows), FLOORS]
