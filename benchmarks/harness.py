@@ -1,10 +1,12 @@
 """Measuring in turns: every contestant runs once a round, and only ratios within a round count."""
 
 import gc
+import itertools
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,16 +24,18 @@ def machine(threads: int | None = None) -> str:
     return f"{name}, {count} thread(s), Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def in_turns(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """{name: seconds of each round}. The order turns by one place a round."""
+def in_turns(
+    steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """{name: seconds of each round} by `clock`. The order turns by one place a round."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-warmup, rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             gc.disable()
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
-            taken = time.perf_counter() - start
+            taken = clock() - start
             gc.enable()
             if i >= 0:
                 times[name].append(taken)
@@ -65,6 +69,16 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         forward()
     return None if sparse else sum(sizes.values())
+
+
+def most_allocated(step: Callable[[], object]) -> int:
+    """The most bytes that `step` had allocated at a time on the CPU, beside those that were there before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    recorded: Any = found.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def table(rows: list[dict], columns: list[str]) -> str:

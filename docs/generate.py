@@ -1,5 +1,6 @@
 """Writes what the methods, the tasks and the bases say of themselves into docs/catalogue.md, docs/tasks.md,
-docs/bases.md and the table of docs/exchange.md, and the records of reference runs into docs/proving-ground.md:
+docs/bases.md and the table of docs/exchange.md, the records of reference runs into docs/proving-ground.md, and
+what methods cost into docs/costs.md:
 `python docs/generate.py` (or --check).
 """
 
@@ -7,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import costs
 import proving_ground
 
 from graft import bases, tasks
@@ -227,6 +229,7 @@ def main() -> None:
         EXCHANGE: exchange(EXCHANGE.read_text(encoding="utf-8")),
         TASKS: tasks_page(),
         BASES: bases_page(),
+        costs.PAGE: costs.page(),
     }
     write(pages)
     if found and "--check" not in sys.argv:

@@ -30,7 +30,7 @@ def dense(blocks, level):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    half=st.integers(1, 3), factors=st.integers(1, 3), parts=st.integers(1, 3), d_out=st.integers(1, 6),
+    half=st.integers(1, 3) | st.just(16), factors=st.integers(1, 3), parts=st.integers(1, 3), d_out=st.integers(1, 6),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_turns_the_inputs_by_the_butterfly(half, factors, parts, d_out, seed):

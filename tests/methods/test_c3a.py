@@ -55,3 +55,19 @@ def test_no_matrix_of_full_size_is_made():
     graft.attach(model, graft.C3A(block=64), "host")
     x = torch.randn(4, 256)
     assert largest(lambda: model(x).sum().backward()) < 256 * 256
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 6])
+def test_gradients_are_those_of_the_dense_matrix_for_one_token_too(block):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24, dtype=torch.float64))
+    delta = graft.attach(model, graft.C3A(block=block), "0").deltas["0"]
+    with torch.no_grad():
+        delta.kernel.normal_()
+    x = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    given = (x, delta.kernel)
+    dense = torch.nn.functional.linear(x, delta.weight(model[0].weight), model[0].bias)
+    ours, theirs = (torch.autograd.grad(y.sin().sum(), given) for y in (model(x), dense))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.gradgradcheck(model, (x,))

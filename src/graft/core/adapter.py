@@ -305,7 +305,7 @@ class Adapter:
 
         made: dict[str, Delta] = {}
         if saved is not None:
-            with Rebuilding(saved, model, spare=True) as mode:
+            with _seeded(seed), Rebuilding(saved, model, spare=True) as mode:
                 made = build()
             whole = [*made.items(), *([] if self.shared is None else [("*", self.shared)])]
             names = (f"{path}:{n}" for path, m in whole for n, _ in (*m.named_parameters(), *m.named_buffers()))

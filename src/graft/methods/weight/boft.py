@@ -1,5 +1,6 @@
 """BOFT: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization. Liu et al., 2023."""
 
+import functools
 from typing import Annotated
 
 import torch
@@ -10,7 +11,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from .orthogonal import cayley, skew, turned, turned_inputs
+from .orthogonal import WIDE, cayley, diagonal, fast_side, skew, turned, turned_inputs
 
 
 class _BOFTPeft(Peft):
@@ -86,6 +87,7 @@ class BOFT(Delta, name="boft"):
         self.scale = nn.Parameter(torch.ones(site.d_out))
         self.register_buffer("upper", torch.triu_indices(block, block, 1), persistent=False)
         self.block = block
+        self.joined = sum(level == 0 or block << level <= 2 * WIDE for level in range(factors))
 
     def rotations(self):
         """The blocks [in / block, block, block] of each factor."""
@@ -95,14 +97,17 @@ class BOFT(Delta, name="boft"):
     def prepare(self, inner):  # the inputs of a convolution are patches, which overlap
         if self.site.kind != "linear":
             return super().prepare(inner)
-        return self.scale - 1, inner.bias, *self.rotations()
+        R = self.rotations()
+        side = fast_side(self.block << (self.joined - 1), self.site.d_in)
+        first = (diagonal(blocks, side, level) for level, blocks in enumerate(R[: self.joined]))
+        return self.scale - 1, inner.bias, functools.reduce(lambda low, high: high @ low, first), *R[self.joined :]
 
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":
             return super().act(inner, x, *prepared)
         gain, bias, *R = prepared
-        levels = range(len(R) - 1, -1, -1)
-        return self.site.rescale(turned_inputs(inner, x, [(R[i], i) for i in levels]), gain, bias)
+        higher = [(blocks, self.joined + i) for i, blocks in enumerate(R[1:])]
+        return self.site.rescale(turned_inputs(inner, x, [*reversed(higher), (R[0], 0)]), gain, bias)
 
     def weight(self, w):
         R = self.rotations()

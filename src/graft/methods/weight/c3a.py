@@ -68,13 +68,53 @@ class C3A(Delta, name="c3a"):
     def act(self, inner, x, spectrum):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            h = torch.fft.rfft(wide.unflatten(-1, (-1, self.block)))
-            h = torch.einsum("...nf,mnf->...mf", h, spectrum.to(h.dtype))
-            change = torch.fft.irfft(h, self.block).flatten(-2)
-        return y + change.to(y.dtype)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.block))
+            own = torch.complex128 if wide.dtype == torch.float64 else torch.complex64
+            change = _Correlation.apply(wide, spectrum.to(own))
+        return y + change.flatten(-2).to(y.dtype)
 
     def weight(self, w):
         places = torch.arange(self.block, device=w.device)
         blocks = self.kernel[:, :, (places - places[:, None]) % self.block]  # [m, n, j, k]
         return w + blocks.transpose(1, 2).reshape(w.shape) / self.site.d_in
+
+
+class _Correlation(torch.autograd.Function):
+    """y_m = sum over n of irfft(rfft(x_n) S_mn) [..., m, block] for x [..., n, block] and S [m, n, block // 2 + 1].
+
+    The gradients are transforms of real features as well, where those of torch.fft are complex and of full length; no
+    transform is kept for backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, S):
+        return torch.fft.irfft(_mixed(torch.fft.rfft(x), S), x.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, S = ctx.saved_tensors
+        dx = dS = None
+        if ctx.needs_input_grad[0]:
+            dx = _Correlation.apply(grads[0], S.conj().resolve_conj().transpose(0, 1))
+        if ctx.needs_input_grad[1]:
+            size = x.shape[-1]
+            share = torch.full((size // 2 + 1,), 2 / size, dtype=x.dtype, device=x.device)  # one's and its conjugate's
+            share[0] = 1 / size
+            if size % 2 == 0:
+                share[-1] = 1 / size
+            g, h = (torch.fft.rfft(t.reshape(-1, *t.shape[-2:])) for t in (grads[0], x))
+            dS = torch.stack([(g * h[:, n : n + 1].conj()).sum(0) for n in range(h.shape[1])], 1) * share
+        return dx, dS
+
+
+def _mixed(h, S):
+    """[..., m, f] from h [..., n, f] and S [m, n, f]."""
+    if min(S.shape[:2]) > 1:
+        return torch.einsum("...nf,mnf->...mf", h, S)
+    return h * S[:, 0] if S.shape[1] == 1 else (h * S[0]).sum(-2, keepdim=True)

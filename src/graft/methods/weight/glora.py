@@ -106,8 +106,8 @@ class GLoRA(Delta, name="glora"):
 
     def forward(self, inner, x):
         w, b = inner.weight, self.bias(inner.bias)
-        form = functools.partial(_formed, self.kinds[:2])
-        return self.site.apply_formed(x, form, w, b, *self.of("A"), *self.of("B"))
+        form, pull = (functools.partial(f, self.kinds[:2]) for f in (_formed, _gradients))
+        return self.site.apply_formed(x, form, w, b, *self.of("A"), *self.of("B"), pull=pull)
 
     def weight(self, w):
         tensors = [*self.of("A"), *self.of("B")]
@@ -131,9 +131,32 @@ def _value(tensors):
     return tensors[0] @ tensors[1] if len(tensors) == 2 else tensors[0]
 
 
+def _cut(kinds, tensors):
+    """The tensors of A and those of B."""
+    count = {"lora": 2, "none": 0}.get(kinds[0], 1)
+    return tensors[:count], tensors[count:]
+
+
 def _formed(kinds, w, *tensors):
     """W + W * A + B."""
-    cut = {"lora": 2, "none": 0}.get(kinds[0], 1)
-    A, B = _value(tensors[:cut]), _value(tensors[cut:])
-    new = w if A is None else w + w * A
-    return new if B is None else new + B
+    A, B = _cut(kinds, tensors)
+    scale = _value(A)
+    new = w if scale is None else torch.addcmul(w, w, scale)
+    if len(B) == 2:
+        return torch.addmm(new, *B)
+    return new + B[0] if B else new
+
+
+def _gradients(kinds, g, x, w, *tensors):
+    """dL/dA and dL/dB from dL/dW', which is that of B and, times W, that of A."""
+    G = g.mT @ x
+    A, B = _cut(kinds, tensors)
+    return (*_split(G * w.to(G.dtype) if A else G, A), *_split(G, B))
+
+
+def _split(G, tensors):
+    """The gradients of a product, a vector or a constant from that of the matrix [out, in] it stands for."""
+    if len(tensors) < 2:
+        return [G.sum_to_size(t.shape if t.dim() > 1 else (1, 1)).view(t.shape).to(t.dtype) for t in tensors]
+    down, up = tensors
+    return (G @ up.to(G.dtype).mT).to(down.dtype), (down.to(G.dtype).mT @ G).to(up.dtype)

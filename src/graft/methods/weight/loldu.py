@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ...core.delta import Paper
 from ...core.hyper import Range
-from .low_rank import LowRank
+from .low_rank import Between
 
 
-class LoLDU(LowRank, name="loldu"):
+class LoLDU(Between, name="loldu"):
     """W' = W + L (s diag(z) - s_0 diag(d)) U: only the diagonal z [rank] and the scale s are trained.
 
     They are frozen parts of W = P L D U: L [out, rank] are the first columns of P L (unit lower triangular, its rows
@@ -54,4 +54,11 @@ class LoLDU(LowRank, name="loldu"):
         self.scale = nn.Parameter(torch.tensor(self.start))
 
     def factors(self):
-        return self.U, self.L * (self.scale * self.z - self.start * self.d)
+        return self.U, self.L * self.change()
+
+    def change(self):
+        """The diagonal [rank] of what is added between L and U."""
+        return self.scale * self.z - self.start * self.d
+
+    def prepare(self, inner):
+        return self.U, self.change(), self.L

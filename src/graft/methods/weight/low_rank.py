@@ -29,3 +29,13 @@ class LowRank(Delta):
     def weight(self, w):
         A, B = self.factors()
         return w + B @ A
+
+
+class Between(LowRank):
+    """W' = W + B diag(c) A, A [k, in] and B [out, k] frozen, where `prepare` gives A, c [k] and B.
+
+    Computed as y + B (c * (A x)): B diag(c) would be one more [out, k], and its gradient one more product.
+    """
+
+    def act(self, inner, x, A, c, B):
+        return self.site.add_up(inner(x), self.site.scale(self.site.down(x, A), c), B)

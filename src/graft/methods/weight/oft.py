@@ -10,7 +10,7 @@ from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from .orthogonal import cayley, skew, turned, turned_inputs
+from .orthogonal import cayley, diagonal, fast_side, skew, turned, turned_inputs
 
 
 class _OFTPeft(Peft):
@@ -103,7 +103,9 @@ class OFT(Delta, name="oft"):
             return cayley(skew(q, self.upper, self.block), self.terms)
 
     def prepare(self, inner):  # the inputs of a convolution are patches, which overlap
-        return (self.rotation(),) if self.site.kind == "linear" else super().prepare(inner)
+        if self.site.kind != "linear":
+            return super().prepare(inner)
+        return (diagonal(self.rotation(), fast_side(self.block, self.site.d_in)),)
 
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":

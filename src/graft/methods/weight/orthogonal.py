@@ -6,6 +6,8 @@ from torch import Tensor
 from ...core.delta import Delta
 from ...core.site import small_product
 
+WIDE = 32  # side of blocks from which products take no longer than their operands take to be read
+
 
 def skew(triangles: Tensor, upper: Tensor, side: int) -> Tensor:
     """The skew-symmetric matrices [..., side, side] with the upper `triangles` [..., side (side - 1) / 2].
@@ -41,6 +43,30 @@ def turned(x: Tensor, R: Tensor, level: int = 0) -> Tensor:
     x = x.unflatten(-1, (parts, 2, pairs, b // 2))
     R = R.reshape(parts, pairs, 2, b // 2, 2, b // 2)
     return torch.einsum("...phkc,pkhcgd->...pgkd", x, R).flatten(-4)
+
+
+def fast_side(part: int, size: int) -> int:
+    """The side of the blocks by which features of `size` are turned fastest, `part` times a power of two."""
+    while part < WIDE and size % (2 * part) == 0:
+        part *= 2
+    return part
+
+
+def diagonal(R: Tensor, side: int, level: int = 0) -> Tensor:
+    """The blocks R [n, b, b] of a butterfly level as blocks [n b / side, side, side] on the diagonal.
+
+    `side` is a multiple of 2^level b. More zeros, and a product that takes less time where b is small.
+    """
+    b = R.shape[1]
+    if level:
+        half, pairs = b // 2, 1 << level
+        eye = torch.eye(pairs, dtype=R.dtype, device=R.device)
+        R = torch.einsum("pkhcgd,kl->phkcgld", R.view(-1, pairs, 2, half, 2, half), eye).reshape(-1, *2 * [b << level])
+    count = side // R.shape[1]
+    if count == 1:
+        return R
+    eye = torch.eye(count, dtype=R.dtype, device=R.device)
+    return torch.einsum("pjcd,jl->pjcld", R.unflatten(0, (-1, count)), eye).reshape(-1, side, side)
 
 
 def turned_inputs(inner, x: Tensor, rotations: list[tuple[Tensor, int]]) -> Tensor:

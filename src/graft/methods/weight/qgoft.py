@@ -7,6 +7,7 @@ from torch import nn
 
 from ...core.delta import Delta, Paper
 from ...core.hyper import Range
+from .orthogonal import fast_side, turned
 
 
 class QGOFT(Delta, name="qgoft"):
@@ -14,8 +15,9 @@ class QGOFT(Delta, name="qgoft"):
 
     P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the
     L = log2(in) levels together make a tree, in which a plane costs a few operations per token. A number of features
-    that is no power of two leaves the last one of a level over for the next. With `strict` (GOFT) a plane is rotated by
-    an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
+    that is no power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into
+    blocks [32, 32] before they meet the inputs, where 32 divides `in`. With `strict` (GOFT) a plane is rotated by an
+    angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
     (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at first, and
     gamma sum <alpha, beta>^2 over all planes is added to the loss.
 
@@ -69,7 +71,7 @@ class QGOFT(Delta, name="qgoft"):
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":
             return super().act(inner, x, *prepared)
-        return inner(_down(x, prepared[0].to(x.dtype)))
+        return inner(_tree(x, prepared[0].to(x.dtype)))
 
     def weight(self, w):
         P = self.turns()
@@ -82,8 +84,8 @@ class QGOFT(Delta, name="qgoft"):
 
 
 def _pair(a, b, P):
-    """The row vectors (a, b) times the matrices P [k, 2, 2]."""
-    return a * P[:, 0, 0] + b * P[:, 1, 0], a * P[:, 0, 1] + b * P[:, 1, 1]
+    """The row vectors (a, b) times the matrices P [..., k, 2, 2]."""
+    return a * P[..., 0, 0] + b * P[..., 1, 0], a * P[..., 0, 1] + b * P[..., 1, 1]
 
 
 def _woven(a, b, rest):
@@ -91,14 +93,38 @@ def _woven(a, b, rest):
     return torch.cat([torch.stack([a, b], -1).flatten(-2), rest], -1)
 
 
+def _blocks(P, n, side):
+    """The first log2(side) levels of n features, which stay within `side` neighbours: blocks [n / side, side, side]."""
+    levels, size = [], n // 2
+    while size >= n // side:
+        level, P = P[:size], P[size:]
+        levels.append(level.unflatten(0, (n // side, -1)))
+        size //= 2
+    eye = torch.eye(side, dtype=P.dtype, device=P.device)
+    return _down(eye.expand(n // side, side, side), torch.cat(levels, 1)[:, None])
+
+
+def _tree(x, P):
+    """x P_L ... P_1: blocks for as many levels as stay within WIDE features, then the roots of the blocks."""
+    n = x.shape[-1]
+    side = fast_side(1, n)
+    if side < 4:
+        return _down(x, P)
+    blocks, roots = _blocks(P, n, side), n // side
+    if roots > 1:
+        high = _tree(x[..., ::side], P[n - roots :])
+        x = torch.cat([high[..., None], x.unflatten(-1, (roots, side))[..., 1:]], -1).flatten(-2)
+    return turned(x, blocks)
+
+
 def _down(x, P):
-    """x P_L ... P_1: the root of the tree first."""
+    """x P_L ... P_1 for P [..., n - 1, 2, 2]: the root of the tree first."""
     n = x.shape[-1]
     if n == 1:
         return x
     k = n // 2
-    high = _down(x[..., ::2], P[k:])
-    return _woven(*_pair(high[..., :k], x[..., 1::2], P[:k]), high[..., k:])
+    high = _down(x[..., ::2], P[..., k:, :, :])
+    return _woven(*_pair(high[..., :k], x[..., 1::2], P[..., :k, :, :]), high[..., k:])
 
 
 def _up(x, P):

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from .low_rank import Between
 from .spectrum import Spectral
 
 
-class SVF(Spectral, name="svf"):
+class SVF(Between, Spectral, name="svf"):
     """W' = U diag(s z) V for W = U diag(s) V: every singular value is scaled, by z [min(in, out)] trained from one.
 
     Computed as y + U (s (z - 1) (V x)), with U [out, k], s [k] and V [k, in] made from W and not saved. With
@@ -37,8 +38,5 @@ class SVF(Spectral, name="svf"):
     def factors(self):
         return self.V, self.U * self.change()
 
-    def prepare(self, inner):  # the product U diag(.) would be one more [out, k]
+    def prepare(self, inner):
         return self.V, self.change(), self.U
-
-    def act(self, inner, x, V, change, U):
-        return self.site.add_up(inner(x), self.site.scale(self.site.down(x, V), change), U)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.delta import Delta, Paper
+from ...core.drawn import uniform
 from ...core.errors import GraftError
 from ...core.formats.peft import As, Peft
 from ...core.hyper import Range
@@ -41,7 +42,8 @@ class VeRA(Delta, name="vera"):
 
     A and B are random (Kaiming uniform), frozen and shared by all sites; only d [rank], which starts at `d_init`, and
     b [out], which starts at zero, are trained. Sites of different sizes use the leading columns of
-    A [rank, largest in] and rows of B [largest out, rank].
+    A [rank, largest in] and rows of B [largest out, rank]. They are not saved, unless told so: the adapter's seed gives
+    the same numbers on every machine and with every version of torch, see core/drawn.py.
     """
 
     papers = (
@@ -52,6 +54,7 @@ class VeRA(Delta, name="vera"):
             "https://arxiv.org/abs/2310.11454",
         ),
     )
+    version = 2  # A and B were drawn by torch before
     passes_x = True
     small = dict(rank=6)
     peft = _VeraPeft(
@@ -70,8 +73,8 @@ class VeRA(Delta, name="vera"):
     def share(cls, sites, *, rank, save_projection, **_):
         shared = nn.Module()
         shapes = {"A": (rank, max(s.d_in for s in sites)), "B": (max(s.d_out for s in sites), rank)}
-        for name, shape in shapes.items():
-            values = nn.init.kaiming_uniform_(torch.empty(shape))
+        for stream, (name, shape) in enumerate(shapes.items()):
+            values = uniform(shape, math.sqrt(6 / shape[1]), torch.initial_seed(), stream)
             shared.register_buffer(name, values, persistent=save_projection)
         return shared
 
@@ -85,7 +88,7 @@ class VeRA(Delta, name="vera"):
         ] = 256,
         d_init: Annotated[float, "start of d"] = 0.1,
         dropout: Annotated[float, "probability of dropping an input of the update", Range(0, below=1)] = 0.0,
-        save_projection: Annotated[bool, "save A and B; else they are drawn again from the adapter's seed"] = True,
+        save_projection: Annotated[bool, "save A and B; else they are drawn again from the adapter's seed"] = False,
     ):
         super().__init__(site, shared)
         if rank != len(shared.A):
