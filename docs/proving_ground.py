@@ -41,7 +41,8 @@ python docs/generate.py
   95 % interval of Welch for the difference holds 0. With 3 seeds such intervals are wide, and the seeds share one test
   split, so that its own sampling error is not in them.
 - `training` is the sum of all steps, `step` the median, `memory` the most that the process held while it trained, with
-  the interpreter and the base; `adapter` what is saved.
+  the interpreter and the base; `adapter` what is saved. Other work ran on the machine: times tell the order of
+  magnitude alone. [What methods cost](costs.md) has ratios that were measured in turns.
 
 Grids: {grids}.
 

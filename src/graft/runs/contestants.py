@@ -17,7 +17,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 # Where the default grid would miss the best rate: few numbers that scale or shift activations want larger steps, all
 # parameters at once smaller ones.
 OTHER_RATES: dict[str, tuple[float, ...]] = {
-    "full-fine-tuning": (3e-4, 1e-3, 3e-3),
+    "full-fine-tuning": (1e-4, 3e-4, 1e-3, 3e-3),
     "linear-probe": (3e-3, 1e-2, 3e-2),
     "ia3": (3e-3, 1e-2, 3e-2),
     "bitfit": (3e-3, 1e-2, 3e-2),
