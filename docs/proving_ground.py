@@ -171,6 +171,9 @@ def picture(found: Sequence[Summary]) -> None:
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     sheet, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, layout="constrained")
+    titles = list(dict.fromkeys(s.title for s in found))  # one look a method, in all panels
+    looks = {t: {"color": f"C{i % 10}", "marker": "osD^vP*X<>"[i % 10]} for i, t in enumerate(titles)}
+    shown = {}
     for axis, group in zip(axes.flat, panels):
         metric = measured(group[0].setting)[0]
         for s in group:
@@ -178,15 +181,15 @@ def picture(found: Sequence[Summary]) -> None:
                 continue
             value, size = spread(s.values(metric)), s.mean("parameters")
             if size:
-                axis.errorbar(size, value["mean"], yerr=value["sd"], fmt="o", markersize=4, capsize=2)
-                axis.annotate(s.title, (size, value["mean"]), textcoords="offset points", xytext=(4, 4))
+                point = {"yerr": value["sd"], "linestyle": "", "markersize": 5, "capsize": 2, **looks[s.title]}
+                shown.setdefault(s.title, axis.errorbar(size, value["mean"], **point))
             else:
-                axis.axhline(value["mean"], linestyle=":", color="grey")
-                axis.annotate(s.title, (0.02, value["mean"]), xycoords=("axes fraction", "data"), color="grey")
+                shown.setdefault(s.title, axis.axhline(value["mean"], linestyle=":", color="grey"))
         axis.set(title=f"{group[0].setting.task} on {group[0].setting.base}", xscale="log", ylabel=metric)
         axis.set_xlabel("trained parameters")
         axis.margins(x=0.2, y=0.15)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    sheet.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False)
     sheet.savefig(PICTURE, metadata={"Date": None})
     pyplot.close(sheet)
