@@ -22,7 +22,8 @@ def library(tmp_path_factory):
     (folder / "tests").mkdir()
     for name in ("test_contract.py", "conftest.py", "models.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
-    shutil.copytree(ROOT / "docs", folder / "docs", ignore=skip)
+    for part in ("docs", "benchmarks"):  # pages are made from the figures of the benchmarks
+        shutil.copytree(ROOT / part, folder / part, ignore=skip)
     page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert example

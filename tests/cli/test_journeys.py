@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import graft as library
-from graft.core.delta import METHODS
+from graft.core.delta import METHODS, Delta
 from graft.methods import load as load_methods
 from graft.training import objectives
 from graft.training.objectives.tokens import TokenLoss
@@ -303,8 +303,6 @@ def test_every_objective_names_a_class_that_transformers_or_a_base_has():
 
 
 def test_an_option_called_like_another_gets_the_name_of_the_method(graft, house, tmp_path):
-    from graft.core.delta import Delta
-
     seen = {}
 
     class Clash(Delta, name="test_clash"):
@@ -366,4 +364,5 @@ def test_every_method_is_trained_and_comes_back(graft, house, tmp_path, name):
     assert trained.code == 0, trained.err
     measured = graft("eval", house / "llama", "--adapter", tmp_path / "a", *data, "--json").json
     assert measured == pytest.approx(trained.json["validation"], rel=1e-4)
-    assert graft("show", tmp_path / "a", "--json").json["parameters"] >= trained.json["trained parameters"]
+    if METHODS[name].packed is Delta.packed:
+        assert graft("show", tmp_path / "a", "--json").json["parameters"] >= trained.json["trained parameters"]

@@ -128,7 +128,7 @@ def test_trained_it_is_one_change_of_the_weight(name, method, host, tmp_path):
 def test_half_precision(name, method):
     model, x = hosts(torch.bfloat16)["linear"]
     adapted, adapter = begun(name, method, model, x)
-    assert {t.dtype for t in adapter.state_dict().values()} == {torch.float32}
+    assert {t.dtype for t in adapter.state_dict().values() if t.is_floating_point()} == {torch.float32}
     if INITS[name].starts_as_base:
         torch.testing.assert_close(adapted(x), model(x), rtol=0.02, atol=0.02)
 

@@ -193,7 +193,12 @@ class Bank:
 
     def _share(self, adapter: Adapter) -> None:
         """Let adapters use one shared module where theirs hold the same (random projections of one seed)."""
-        if adapter.shared is None or not (tensors := adapter.shared.state_dict()):
+        if adapter.shared is None:
+            return
+        tensors = dict(adapter.shared.named_parameters()) | dict(
+            adapter.shared.named_buffers()
+        )  # also what is not saved
+        if not tensors:
             return
         digest = hashlib.blake2b(adapter.recipe.method.name.encode())
         for key, value in tensors.items():

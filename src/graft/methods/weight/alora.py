@@ -41,7 +41,7 @@ class ALoRA(Valued, name="alora"):
             "https://arxiv.org/abs/2403.16187",
         ),
     )
-    small = dict(rank=2, limit=3)
+    small = dict(rank=2, limit=3, examples=2)
     keep: Tensor
     done: Tensor
     key: Tensor
