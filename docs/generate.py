@@ -224,6 +224,7 @@ def main() -> None:
         proving_ground.PAGE: proving_ground.page(found),
     }
     write(files)
+    tasks._references.cache_clear()  # the pages of tasks cite them
     pages = {
         PAGE: page(),
         EXCHANGE: exchange(EXCHANGE.read_text(encoding="utf-8")),
