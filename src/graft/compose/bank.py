@@ -203,7 +203,7 @@ class Bank:
         digest = hashlib.blake2b(adapter.recipe.method.name.encode())
         for key, value in tensors.items():
             digest.update(f"{key}{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(value.contiguous().cpu().view(torch.uint8).numpy().data)
         adapter.shared = shared = self._shared.setdefault(digest.digest(), adapter.shared)
         for delta in adapter.deltas.values():
             object.__setattr__(delta, "shared", shared)

@@ -24,7 +24,8 @@ class Forks:
     def __init__(self, environment: Mapping[str, str]):
         if not hasattr(os, "fork"):
             raise GraftError(f"runs are forked, which {sys.platform} cannot do: use Linux or macOS")
-        self.environment, self.codes = environment, dict[int, int | None]()
+        self.environment = environment
+        self.codes: dict[int, int | None] = {}
         self._begin()
 
     def _begin(self) -> None:
