@@ -195,9 +195,8 @@ class Bank:
         """Let adapters use one shared module where theirs hold the same (random projections of one seed)."""
         if adapter.shared is None:
             return
-        tensors = dict(adapter.shared.named_parameters()) | dict(
-            adapter.shared.named_buffers()
-        )  # also what is not saved
+        named = (adapter.shared.named_parameters(), adapter.shared.named_buffers())  # also what is not saved
+        tensors = {name: tensor for part in named for name, tensor in part}
         if not tensors:
             return
         digest = hashlib.blake2b(adapter.recipe.method.name.encode())
