@@ -140,6 +140,11 @@ def _watch(alive: int) -> None:
 def _run(wanted: dict[str, Any]) -> int:
     import traceback
 
+    import torch
+
+    # The first call makes torch a thread pool in the place of the one that a fork cannot take along. Were that left to
+    # the threads of a run, one of them could meet none ("Invalid thread pool!").
+    torch.set_num_threads(torch.get_num_threads())
     from .configuration import Configuration
     from .single import perform
     from .store import Store
