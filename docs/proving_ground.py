@@ -103,6 +103,7 @@ def table(group: Sequence[Summary]) -> str:
     if c.training.get("max_length"):
         length += f" of at most {c.training['max_length']} tokens"
     facts = [f"base `{c.base}`", length, f"at most {c.rows} rows of validation and of test"]
+    facts += ["products in bfloat16 while training"] if c.training.get("precision") == "bf16" else []
     facts += [f"knobs {json.dumps(knobs)}"] if knobs else []
     bold = {m: ties(group, m) for m in metrics}
     rows = [

@@ -74,6 +74,20 @@ def test_runs_that_die_or_fail_are_recorded_and_the_others_go_on(tmp_path, stand
     assert records[3].reason == "because" and Store(tmp_path / "store").get(wanted[0]) == records[0]
 
 
+def test_where_nothing_is_missing_no_process_begins(tmp_path, stand_in, monkeypatch):
+    wanted = stand_in[0]([None])
+    run(wanted, tmp_path / "store", progress=False)
+    monkeypatch.setattr(forks.subprocess, "Popen", lambda *args, **options: pytest.fail("a process began"))
+    assert run(wanted, tmp_path / "store", progress=False)[0].done
+
+
+def test_what_is_forked_has_not_begun_to_use_an_accelerator(monkeypatch):
+    devices = []
+    monkeypatch.setattr("graft.runs.single.load_base", lambda *a, device, **k: devices.append(device))
+    forks._import({"configuration": configuration(base="graft:seedling-small", task="answers").plain()})
+    assert devices == ["cpu"]
+
+
 def test_when_what_runs_are_forked_from_dies_only_what_ran_is_lost(tmp_path, stand_in):
     records = run(stand_in[0]([None, "all killed", None]), tmp_path / "store", progress=False)
     assert [r.status for r in records] == ["done", "failed", "done"] and "killed by SIGKILL" in records[1].reason

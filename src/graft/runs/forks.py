@@ -19,14 +19,18 @@ POLL = 0.02  # seconds between two looks at what has ended
 
 
 class Forks:
-    """A process to fork from; begun anew should it die. All that it began ends when this process does, however."""
+    """A process to fork from, begun with the first run, and anew should it die.
+
+    All that it began ends when this process does, however that ends.
+    """
+
+    process: subprocess.Popen | None = None
 
     def __init__(self, environment: Mapping[str, str]):
         if not hasattr(os, "fork"):
             raise GraftError(f"runs are forked, which {sys.platform} cannot do: use Linux or macOS")
         self.environment = environment
         self.codes: dict[int, int | None] = {}
-        self._begin()
 
     def _begin(self) -> None:
         self.process = subprocess.Popen(
@@ -39,7 +43,7 @@ class Forks:
     def start(self, folder: Path, configuration: Mapping[str, Any], errors: Path) -> "Fork":
         """Begin a run, which writes its record into `folder` and what it says to the file `errors`."""
         self.look()
-        if self.process.returncode is not None:
+        if self.process is None or self.process.returncode is not None:
             self.close()
             self._begin()
         number = len(self.codes)
@@ -52,6 +56,8 @@ class Forks:
 
     def look(self) -> None:
         """Note what has ended; when the process itself has, all."""
+        if self.process is None:
+            return
         while self.answers.open and (lines := self.answers.read(0)):
             for number, code in (map(int, line.split()) for line in lines):
                 self.codes[number] = code
@@ -61,6 +67,8 @@ class Forks:
 
     def close(self) -> None:
         """End it and what still runs."""
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):
@@ -106,14 +114,17 @@ def serve(threads: int) -> None:
 
 
 def _import(wanted: dict[str, Any]) -> bool:
-    """Import what runs need, by loading the base and the data of one: much is imported only when it is used."""
+    """Import what runs need, by loading the base and the data of one: much is imported only when it is used.
+
+    On the CPU: what has begun to use an accelerator cannot be forked.
+    """
     import accelerate  # noqa: F401
 
     from .configuration import Configuration
     from .single import load
 
     with contextlib.suppress(Exception):  # the run itself will say it
-        load(Configuration.of(wanted["configuration"]))
+        load(Configuration.of(wanted["configuration"]), device="cpu")
     return True
 
 

@@ -68,7 +68,10 @@ def run(
 def _forks(threads: int) -> closing[Forks]:
     source = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    own = {
+        "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for a GPU must not begin to use it before the fork
+    }  # fmt: skip
     return closing(Forks(os.environ | own))
 
 

@@ -84,10 +84,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def load(configuration: Configuration) -> Base:
+def load(configuration: Configuration, device: str | None = None) -> Base:
     """The base of a run, loaded for its data, as for a control that is not trained."""
     task, columns = tasks.task(configuration.task, **configuration.knobs), configuration.training.get("columns")
-    return _loaded(configuration, read(task.rows("train"), columns=columns), {})
+    return _loaded(configuration, read(task.rows("train"), columns=columns), {}, device)
 
 
 def _performed(configuration: Configuration) -> dict[str, Any]:
@@ -234,9 +234,13 @@ CONTROLS: dict[str, Callable[[Configuration, Examples, dict[str, Any]], Trained]
 UNTRAINED = ("no-op", "zero-shot", "in-context")
 
 
-def _loaded(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Base:
+def _loaded(
+    configuration: Configuration, examples: Examples, training: dict[str, Any], device: str | None = None
+) -> Base:
     objective = choose("auto", examples, architecture(configuration.base)).name
-    base = load_base(configuration.base, objective=objective, examples=examples, dtype=DTYPE, seed=configuration.seed)
+    base = load_base(
+        configuration.base, objective=objective, examples=examples, dtype=DTYPE, device=device, seed=configuration.seed
+    )
     base.max_length = training.get("max_length")
     return base
 

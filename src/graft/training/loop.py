@@ -196,7 +196,8 @@ def fit(
     features = task.features(examples)
     tested, apart = (None if some is None else task.features(some) for some in (held, apart))
     name_classes(model, task.labels)
-    plan = Plan([length(features, i) for i in range(len(features))], batch_size, seed=seed, grouped=length_grouping)
+    lengths = [length(features, i) for i in range(len(features))]
+    plan = Plan(lengths, batch_size, seed=seed, grouped=length_grouping)
 
     # Mixed precision is torch's own autocast: accelerate's replaces the model's forward and turns all logits into fp32.
     accelerator = Accelerator(mixed_precision="no", log_with=list(trackers) or None, project_dir=run)
@@ -265,8 +266,7 @@ def fit(
             stream = apart_plan.stream(step, gradient_accumulation, rank, ranks)
             aside = Aside(accelerator, model, task, apart, apart_plan, stream, lambda batch: summed(model, batch))
 
-        longest = max(length(features, i) for i in range(len(features)))
-        plain = plain_attention(model, device, bf16 and not packing, longest)
+        plain = plain_attention(model, device, bf16 and not packing, max(lengths))
         with recomputing(model, checkpointing), training_mode(model), within_memory(device, batch_size), plain:
             batches = plan.stream(step, gradient_accumulation, rank, ranks)
             for picked in islice(batches, 0 if stopped else total - step):
