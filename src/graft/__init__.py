@@ -50,6 +50,7 @@ _PUBLIC = {
     "generate": "tuning",
     "compare": "comparison",
     "advise": "advice",
+    "rank": "ranking",
     "load_base": "models",
     "save_merged": "models",
 }
