@@ -1,12 +1,14 @@
-"""The page of what the methods cost, from benchmarks/catalogue.json; used by generate.py."""
+"""The page of what the methods cost, and their classes, from benchmarks/catalogue.json; used by generate.py."""
 
 import json
+import math
 from pathlib import Path
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "catalogue.json"
 PAGE = Path(__file__).with_name("costs.md")
 PRECISIONS = ("fp32", "bf16")
 MUCH, NOISE = 1.25, 1.05  # of a LoRA step, of PEFT's step
+CLASSES = ((0.9, "less"), (1.1, "as LoRA"), (1.5, "more"), (math.inf, "much more"))  # up to that share of LoRA's
 
 HEAD = """# What methods cost
 
@@ -58,8 +60,27 @@ A file holds what is trained. Above 1.1 times that are, by their nature:
 VeRA draws its bases from the adapter's seed by exact arithmetic, the same everywhere, and saves none."""
 
 
+def load() -> list[dict]:
+    return json.loads(RECORDS.read_text(encoding="utf-8"))
+
+
+def cost(row: dict) -> dict[str, str]:
+    """The classes of time and memory of a measured method, in fp32, with their ratios to LoRA, and what it trains."""
+    own, lora = row["fp32"]["graft"], row["fp32"]["lora"]
+    ratios = {"time": own["step"], "memory": own["peak"] / lora["peak"]}
+    return {k: f"{next(c for most, c in CLASSES if v <= most)} ({v:.2f})" for k, v in ratios.items()} | {
+        "trained": f"{row['trained']:,}"
+    }
+
+
+def rule() -> str:
+    """The classes in words."""
+    bounds = [f"`{name}` to {most:g}" for most, name in CLASSES[:-1]]
+    return f"{', '.join(bounds)}, `{CLASSES[-1][1]}` beyond"
+
+
 def page() -> str:
-    rows = json.loads(RECORDS.read_text(encoding="utf-8"))
+    rows = load()
     lora = {p: [row[p]["lora"]["seconds"] for row in rows] for p in PRECISIONS}
     spread = "A LoRA step takes " + " and ".join(f"{min(v):.2f} to {max(v):.2f} s in {p}" for p, v in lora.items())
     settings = sorted({f"{row['machine']}, {row['rounds']} rounds" for row in rows})

@@ -146,6 +146,27 @@ def mark(values: Sequence[float], bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
+def standing(found: Sequence[Summary]) -> dict[str, dict[str, list[str]]]:
+    """By contestant the tasks on which it is "best" or "behind", or "fails" in every run.
+
+    Best is what cannot be told from the best mean, as `table` marks it, by the first of the task's own metrics that
+    tells contestants apart; a table where none does says nothing. The loss counts for tasks without metrics.
+    """
+    made: dict[str, dict[str, list[str]]] = {}
+    for group in groups(found):
+        run = [s for s in group if s.final]
+        for metric in measured(group[0].setting)[:-1] or ["loss"]:
+            best = ties(run, metric)
+            if not all(best):
+                where = [("best" if b else "behind", s) for b, s in zip(best, run)]
+                break
+        else:
+            continue
+        for place, s in [*where, *(("fails", s) for s in group if s.failures and not s.final)]:
+            made.setdefault(s.title, {}).setdefault(place, []).append(s.setting.task)
+    return made
+
+
 def rate(s: Summary) -> str:
     if s.rate is None:
         return ""

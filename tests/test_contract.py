@@ -5,6 +5,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -505,6 +506,14 @@ def test_is_documented(name):
     assert cls.papers or name == "full"
     for paper in cls.papers:
         assert paper.title and paper.authors and 1980 < paper.year < 2100 and paper.url.startswith("https://")
+
+
+@each_first
+def test_says_where_it_is_known_to_shine_or_fail(name):
+    known = vars(METHODS[name]).get("known", "")  # what is true of a class above is not true of this one
+    sentences = re.split(r"(?<=\.)\s+(?=\S)", known)
+    assert known.endswith(".") and 1 <= len(sentences) <= 2 and "\n" not in known, known
+    assert re.search("author|documentation|measured", known), f"{name}: who says so?"
 
 
 @each_first

@@ -45,7 +45,7 @@ def test_the_contract_test_covers_it(library):
 def test_the_command_line_knows_it(library):
     done = run(library, "-m", "graft", "methods", "--json")
     assert done.returncode == 0, done.stderr
-    method = next(m for m in json.loads(done.stdout) if m["name"] == "lora_xs")
+    method = next(m for m in json.loads(done.stdout)["methods"] if m["name"] == "lora_xs")
     assert method["papers"][0]["url"] == "https://arxiv.org/abs/2405.17604"
 
 

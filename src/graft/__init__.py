@@ -34,6 +34,7 @@ _PUBLIC = {
     "load": "core.files",
     "fingerprint": "core.files",
     "verify": "core.verify",
+    "quantise": "core.quantise",
     "dequantise": "core.dequantise",
     "merge": "core.merge",
     "merged_state_dict": "core.merge",

@@ -1,4 +1,4 @@
-"""The catalogue: what the methods say of themselves, as plain data. Nothing in it is listed by hand."""
+"""The catalogue: what methods, initialisations and scores say of themselves, as plain data; none is listed by hand."""
 
 import inspect
 import math
@@ -6,10 +6,12 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from . import methods
+from . import inits, methods
 from .core.delta import METHODS, Delta
 from .core.errors import GraftError
+from .core.factored import INITS, Init, Initialised
 from .core.hyper import Hyper, hyperparameters
+from .core.selection import SCORES
 
 
 def families() -> list[str]:
@@ -33,20 +35,74 @@ def catalogue(of: str | None = None) -> list[dict[str, Any]]:
 
 def describe(cls: type[Delta]) -> dict[str, Any]:
     """A method as plain data, ready for JSON."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
     return {
-        "name": cls.name,
-        "class": cls.__name__,
+        **_named(cls),
         "family": family(cls),
-        "summary": " ".join(doc.split("\n\n")[0].split()),
-        "doc": doc,
         "hosts": list(cls.hosts),
         "targets": plain(cls.targets),
         "mergeable": cls.mergeable(),
         "needs": list(cls.needs),
         "starts_as_base": cls.starts_as_base,
-        "papers": [paper._asdict() for paper in cls.papers],
         "hyperparameters": [described(h) for h in hyperparameters(cls).values()],
+    }
+
+
+def initialisations() -> list[dict[str, Any]]:
+    """All initialisations of low-rank factors, by name; each as `describe_initialisation` gives it."""
+    inits.load()
+    return [describe_initialisation(cls) for _, cls in sorted(INITS.items())]
+
+
+def describe_initialisation(cls: type[Init]) -> dict[str, Any]:
+    """An initialisation as plain data, with the methods whose factors it can start."""
+    methods.load()
+    asked = cls().asks({"rank": 8})
+    return {
+        **_named(cls),
+        "hosts": list(cls.hosts),
+        "needs": [need.partition(":")[0] for need in asked],
+        "taken_off": cls.taken_off,
+        "starts_as_base": cls.starts_as_base,
+        "hyperparameters": [described(h) for h in hyperparameters(cls).values()],
+        "methods": [
+            name
+            for name, method in sorted(METHODS.items())
+            if issubclass(method, Initialised)
+            and "init" in hyperparameters(method)
+            and set(method.hosts) & set(cls.hosts)
+        ],
+    }
+
+
+def scores() -> list[dict[str, Any]]:
+    """What chooses the entries of matrices to train: its formula, and {method: hyperparameter that names it}."""
+    methods.load()
+    named = [
+        (name, h.name, set(h.kinds) & set(SCORES))
+        for name, cls in METHODS.items()
+        for h in hyperparameters(cls).values()
+    ]
+    return [
+        {
+            "name": name,
+            "formula": score.formula,
+            "needs": list(score.needs),
+            "methods": {method: key for method, key, choices in sorted(named) if name in choices and len(choices) > 1},
+        }
+        for name, score in SCORES.items()
+    ]
+
+
+def _named(cls: type[Delta] | type[Init]) -> dict[str, Any]:
+    """What a method and an initialisation both say."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return {
+        "name": cls.name,
+        "class": cls.__name__,
+        "summary": " ".join(doc.split("\n\n")[0].split()),
+        "doc": doc,
+        "known": cls.known,
+        "papers": [paper._asdict() for paper in cls.papers],
     }
 
 

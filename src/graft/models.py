@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from . import bases
+from .core import quantise as quantising
 from .core.adapter import registry
 from .core.errors import GraftError
 from .core.merge import merge
@@ -62,6 +63,7 @@ def load_base(
     config: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    quantise: str | None = None,
     revision: str | None = None,
     seed: int = 0,
 ) -> Base:
@@ -71,8 +73,10 @@ def load_base(
     objective  the one it is for; without it the model is of the class that its checkpoint names
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
     config     entries of the configuration instead of both, as an adapter's `task` holds them
-    dtype      of the weights: auto (as stored), float32, bfloat16, float16
+    dtype      of the weights: auto (as stored, or what `quantise` computes in), float32, bfloat16, float16
     device     auto by default: the accelerator, if there is one
+    quantise   the linear layers but those of heads: int8, or int8-weights and nf4 with the extra `quantised`; see
+               `graft.quantise`. The whole base is in memory first, as it is stored
     revision   of the model on the hub
     seed       of modules which the checkpoint does not hold
 
@@ -83,6 +87,10 @@ def load_base(
     if dtype not in kinds:
         raise GraftError(f"dtype is one of {', '.join(kinds)}, not {dtype!r}")
     place = _device(device)
+    if quantise is not None:
+        own = quantising.find(quantise).dtype
+        quantising.check_device(quantise, place)
+        dtype = str(own).removeprefix("torch.") if own and dtype == "auto" else dtype
     source = _locate(str(name), revision)
     task = None if objective is None else objectives.find(objective)
     with _reading(source.name, task), torch.random.fork_rng(devices=[]):
@@ -103,7 +111,10 @@ def load_base(
     if source.name.startswith(SHIPPED):
         model.name_or_path = model.config._name_or_path = source.name
     new = {*info["missing_keys"], *(m if isinstance(m, str) else m[0] for m in info["mismatched_keys"])}
-    return Base(source.name, model.to(place).eval(), processor, objective, whole(model, new))
+    heads = whole(model, new)
+    if quantise is not None:
+        quantising.quantise(model.eval(), quantise, leave=heads)
+    return Base(source.name, model.to(place).eval(), processor, objective, heads)
 
 
 def skeleton(name: str | Path, revision: str | None = None) -> nn.Module:

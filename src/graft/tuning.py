@@ -49,6 +49,7 @@ def tune(
     output: str | Path | None = None,
     resume: bool = False,
     dtype: str = "auto",
+    quantise: str | None = None,
     revision: str | None = None,
     examples_for_statistics: int = 64,
     **training: Any,
@@ -69,6 +70,7 @@ def tune(
                .run at the end of its name
     resume     go on with a run that was stopped, from its last checkpoint and to the same bits
     dtype      of the base's weights: auto (as stored), float32, bfloat16, float16
+    quantise   the base's linear layers: int8, or int8-weights and nf4 with the extra `quantised`, see `graft.quantise`
     revision   of the model on the hub
     examples_for_statistics  from how many examples a method that looks at the data before it starts may learn
     training   what `graft.fit` takes: objective, validation, epochs, batch_size, learning_rate, ...
@@ -86,7 +88,7 @@ def tune(
     task = choose(training.get("objective", "auto"), examples, architecture(model, revision))
     base = load_base(
         model, objective=task.name, examples=examples, labels=training.get("labels"),
-        dtype=dtype, revision=revision, seed=seed,
+        dtype=dtype, quantise=quantise, revision=revision, seed=seed,
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
     chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
@@ -145,6 +147,7 @@ def load_adapted(
     labels: Sequence[str] | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    quantise: str | None = "auto",
     revision: str | None = None,
     allow_other_base: bool = False,
 ) -> Base:
@@ -157,15 +160,19 @@ def load_adapted(
     labels            names of the classes, in order; by default those that the adapter was trained with
     dtype             of the base's weights: auto (as stored), float32, bfloat16, float16
     device            cpu, cuda, ...; by default the accelerator, if there is one
+    quantise          the base's linear layers: int8, or int8-weights and nf4 with the extra `quantised`, or none; auto:
+                      as the base was that the adapter was trained on
     revision          of the model on the hub
     allow_other_base  use the adapter on weights it was not trained on, too
     """
     configs = [] if adapter is None else [part.config() for part in files.parts(adapter) if part.active]
     task = next((dict(c["task"]) for c in reversed(configs) if c.get("task")), {})
     task |= {} if objective is None else {"objective": objective}
+    if quantise == "auto":
+        quantise = next((own for c in configs if isinstance(own := c.get("base_quantised"), str)), None)
     base = load_base(
         model, objective=task.get("objective"), labels=labels, config=None if labels else task.get("config"),
-        dtype=dtype, device=device, revision=revision,
+        dtype=dtype, device=device, quantise=quantise, revision=revision,
     )  # fmt: skip
     if adapter is None and objective and base.heads:
         warnings.warn(f"{base.name} has no {', '.join(base.heads)}: a new one, not trained, answers", stacklevel=2)

@@ -7,11 +7,14 @@ import torch
 
 from graft.catalogue import families
 from graft.core.delta import METHODS, Delta
+from graft.core.factored import INITS, Initialised
 from graft.core.hyper import hyperparameters
+from graft.core.selection import SCORES
 
 
 def test_methods_gives_the_registered_methods_as_json(graft):
-    listed = {m["name"]: m for m in graft("methods", "--json").json}
+    found = graft("methods", "--json").json
+    listed = {m["name"]: m for m in found["methods"]}
     assert listed.keys() == METHODS.keys()
     for name, entry in listed.items():
         cls = METHODS[name]
@@ -19,7 +22,7 @@ def test_methods_gives_the_registered_methods_as_json(graft):
         assert entry["hosts"] == list(cls.hosts)
         assert [p["url"] for p in entry["papers"]] == [p.url for p in cls.papers]
         assert [h["name"] for h in entry["hyperparameters"]] == list(hyperparameters(cls))
-        assert entry["summary"] and entry["family"] in families()
+        assert entry["summary"] and entry["family"] in families() and entry["known"] == cls.known
     lora = {h["name"]: h for h in listed["lora"]["hyperparameters"]}
     assert lora["rank"] == {
         "name": "rank", "required": False, "default": 8, "type": ["int"], "choices": [],
@@ -29,8 +32,8 @@ def test_methods_gives_the_registered_methods_as_json(graft):
 
 
 def test_families_divide_the_methods(graft):
-    everything = {m["name"] for m in graft("methods", "--json").json}
-    parts = [{m["name"] for m in graft("methods", "--json", "--family", f).json} for f in families()]
+    everything = {m["name"] for m in graft("methods", "--json").json["methods"]}
+    parts = [{m["name"] for m in graft("methods", "--json", "--family", f).json["methods"]} for f in families()]
     assert set.union(*parts) == everything and sum(map(len, parts)) == len(everything)
     assert all(name in graft("methods").out for name in everything)
     assert graft("methods", "--family", "weigt").code == 2
@@ -44,12 +47,37 @@ def test_a_new_method_is_listed_and_shown(graft):
             super().__init__(site)
 
     try:
-        assert "test_shift" in {m["name"] for m in graft("methods", "--json", "--family", "other").json}
+        assert "test_shift" in {m["name"] for m in graft("methods", "--json", "--family", "other").json["methods"]}
         shown = graft("show", "test_shift")
         assert "W' = W + c, with [brackets] in the text." in shown.out
         assert "0.5" in shown.out
     finally:
         del METHODS["test_shift"]
+
+
+def test_initialisations_are_listed_with_the_methods_that_take_them(graft):
+    listed = {i["name"]: i for i in graft("methods", "--json").json["initialisations"]}
+    assert listed.keys() == INITS.keys() and {"pissa", "corda", "lora_ga"} <= listed.keys()
+    takes = {name for name, cls in METHODS.items() if "init" in hyperparameters(cls) and issubclass(cls, Initialised)}
+    for name, entry in listed.items():
+        assert entry["known"] and entry["papers"] and set(entry["methods"]) == takes
+        for method in entry["methods"]:
+            asked = METHODS[method].asks(METHODS[method](init=name).hyper)
+            assert {need.partition(":")[0] for need in asked} == {*entry["needs"], *METHODS[method].needs}
+    shown = graft("show", "corda")
+    assert "input_covariance" in shown.out and INITS["corda"].known in shown.out
+    assert graft("show", "corda", "--json").json["kind"] == "initialisation"
+    assert all(name in graft("methods").out for name in listed)
+
+
+def test_scores_are_listed_with_the_methods_that_offer_them(graft):
+    listed = {s["name"]: s for s in graft("methods", "--json").json["scores"]}
+    assert listed.keys() == SCORES.keys()
+    assert listed["wanda"]["methods"] == {"s2ft": "choice"} and listed["snip"]["needs"] == ["weight_grad"]
+    for name, entry in listed.items():
+        for method, key in entry["methods"].items():
+            recipe = METHODS[method](**{key: name})
+            assert set(SCORES[name].needs) <= set(METHODS[method].asks(recipe.hyper))
 
 
 def test_show_tells_what_an_adapter_holds(graft, classifier):

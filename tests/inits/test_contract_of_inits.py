@@ -1,6 +1,7 @@
 """What every initialisation keeps with every low-rank method, both found by registration."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -149,6 +150,9 @@ def test_is_documented(name):
     assert "=" in cls.__doc__ and "[" in cls.__doc__
     assert cls.papers and all(p.url.startswith("https://") for p in cls.papers)
     assert all(h.kinds and h.doc for h in hyperparameters(cls).values())
+    known = vars(cls).get("known", "")
+    assert known.endswith(".") and len(re.findall(r"\.(?:\s|$)", known)) <= 2
+    assert re.search("author|documentation|measured", known), f"{name}: who says so?"
 
 
 @pytest.mark.parametrize(

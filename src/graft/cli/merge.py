@@ -21,12 +21,14 @@ def merge(
     """Write MODEL with the adapter merged in as a plain checkpoint that needs no Graft.
 
     Rounding to the precision of the base loses a part of the change; the report says how much of it. --dtype float32
-    keeps it.
+    keeps it. An adapter of a quantised base is merged into the weights that its codes stand for.
     """
     with working():
+        from ..core.dequantise import dequantise
         from ..models import save_merged
 
         base, _ = adapted(model, adapter, options)
+        dequantise(base.model)
         lost = save_merged(base.model, output, base.processor)
     worst = max(lost, key=lambda path: lost[path])
     dtype = str(base.model.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""graft show: one method, adapter or model in full."""
+"""graft show: one method, initialisation, adapter or model in full."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +11,22 @@ from ._settings import split
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, an adapter folder or file, or a model.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A method, an initialisation, an adapter folder or file, or a model.")
+    ],
     targets: Annotated[str | None, typer.Option(help="Of a model: the modules that these targets pick.")] = None,
     method: Annotated[str, typer.Option(help="Of a model: for which method.")] = "lora",
     as_json: Json = False,
 ) -> None:
-    """Show all about a method, what an adapter folder holds, or the modules of a model that targets pick."""
+    """Show all about a method or an initialisation, what an adapter folder holds, or what targets pick in a model."""
     with working():
         kind, facts = _facts(name, targets, method)
     if as_json:
         return print_json({"kind": kind, **facts})
-    if kind == "method":
-        rows = ("class", "family", "hosts", "targets", "mergeable", "needs", "starts_as_base")
-        print_facts({row.replace("_", " "): facts[row] for row in rows}, name)
-        print(f"{facts['doc']}\n")
+    if kind in ("method", "initialisation"):
+        rows = ("class", "family", "hosts", "targets", "mergeable", "needs", "taken_off", "starts_as_base", "methods")
+        print_facts({row.replace("_", " "): facts[row] for row in rows if row in facts}, name)
+        print(f"{facts['doc']}\n\n{facts['known']}\n")
         for paper in facts["papers"]:
             print(f"{paper['authors']}, {paper['year']}: {paper['title']}. {paper['url']}")
         values = [[*h["type"], *map(repr, h["choices"])] for h in facts["hyperparameters"]]
@@ -32,7 +34,8 @@ def show(
             (h["name"], "required" if h["required"] else str(h["default"]), " or ".join(v), h["range"], h["meaning"])
             for h, v in zip(facts["hyperparameters"], values)
         ]
-        print_table(rows, ("hyperparameter", "default", "type", "range", "meaning"))
+        if rows:
+            print_table(rows, ("hyperparameter", "default", "type", "range", "meaning"))
     elif kind == "adapter":
         _print_adapter(facts, name)
     elif kind == "adapters":
@@ -60,9 +63,10 @@ def _print_adapter(facts: dict, title: str) -> None:
 
 
 def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
-    from .. import bases
-    from ..catalogue import describe
+    from .. import bases, inits
+    from ..catalogue import describe, describe_initialisation
     from ..core.delta import METHODS
+    from ..core.factored import INITS
     from ..core.folder import CHAIN, CONFIG
     from ..core.recipe import method as called
     from ..inspection import adapter_facts, model_facts
@@ -77,6 +81,10 @@ def _facts(name: str, targets: str | None, method: str) -> tuple[str, dict]:
     if folder.is_dir() or bases.named(name) or "/" in name:
         return "model", model_facts(name, targets and split(targets), method)
     called("lora")  # loads the catalogue
-    if name not in METHODS:
-        raise GraftError(f"there is no method, base or folder {name!r}: {nearest(name, [*METHODS, *bases.names()])}")
-    return "method", describe(METHODS[name])
+    inits.load()
+    if name in METHODS:
+        return "method", describe(METHODS[name])
+    if name not in INITS:
+        known = [*METHODS, *INITS, *bases.names()]
+        raise GraftError(f"there is no method, initialisation, base or folder {name!r}: {nearest(name, known)}")
+    return "initialisation", describe_initialisation(INITS[name])

@@ -9,6 +9,7 @@ from torch import nn
 from ..version import __version__
 from .hyper import hyperparameters
 from .names import HUB_ID, SHIPPED
+from .quantise import scheme_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -112,6 +113,8 @@ def _loading(model: nn.Module, base: str | None, title: str) -> list[str]:
     make = [f"model = ...  # the base, a {kind}"]
     if _on_hub(base):
         make = [f"from transformers import {kind}", f"model = {kind}.from_pretrained({base!r})"]
+    if scheme := scheme_of(model):
+        make.append(f"graft.quantise(model, {scheme!r})  # as it was in training")
     return ["## How to load it", "", "```python", "import graft", *make, f"graft.load(model, {title!r})", "```"]
 
 

@@ -61,6 +61,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     shared: Any
     name: str = ""
     papers: tuple[Paper, ...] = ()
+    known: str = ""  # where it shines or fails, in one or two sentences that say who reports it
     version = 1  # raised when saved files of the method change their meaning
     hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which the method is right
     targets: Any = "all-linear"  # where it goes unless the user says otherwise

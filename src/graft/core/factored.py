@@ -31,6 +31,7 @@ class Init:
 
     name: str = ""
     papers: tuple[Paper, ...] = ()
+    known: str = ""  # as of a method
     needs: tuple[str, ...] = ()  # statistics of the site, see statistics.py and `asks`
     hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which it is right
     taken_off = False  # whether the start is taken off W

@@ -42,6 +42,7 @@ from .folder import (
 from .formats import FORMATS, Fingerprints, Format, Saved, file_names
 from .formats import load as load_formats
 from .hyper import hyperparameters
+from .quantise import scheme_of
 from .recipe import ByPath, Recipe, method
 from .site import site_for
 from .targets import resolve
@@ -275,6 +276,7 @@ class _Graft(Format, name="graft"):
             "method": config.get("method"),
             "base": config.get("base_model"),
             "base_fingerprint": config.get("base_fingerprint"),
+            "base_quantised": config.get("base_quantised"),
             "sites": len(config.get("modules", ())) or None,
             "heads": config.get("heads") or [],
         }
@@ -363,6 +365,7 @@ def _config(adapter: Adapter, base: str | None, prints: Fingerprints) -> dict[st
         "base_class": class_name(adapter.model),
         "base_fingerprint": prints(without),
         "fingerprint_without": list(without),
+        "base_quantised": scheme_of(adapter.model),
         "task": adapter.task,
     }
 
@@ -507,10 +510,11 @@ def _check_base(model: nn.Module, config: dict[str, Any], prints: Fingerprints) 
             stacklevel=4,
         )
     elif here != there:
-        trained = f"{config['base_model'] or 'a base'} ({config['base_class']})"
+        trained, own = f"{config['base_model'] or 'a base'} ({config['base_class']})", config.get("base_quantised")
+        said = "" if own == scheme_of(model) else f", quantised by {own}" if own else ", which was not quantised"
         raise GraftError(
-            f"the adapter was trained on {trained}, and this {class_name(model)} has other weights: load that base, "
-            f"or pass allow_other_base=True to use the adapter here all the same"
+            f"the adapter was trained on {trained}{said}, and this {class_name(model)} has other weights: load that "
+            f"base, or pass allow_other_base=True to use the adapter here all the same"
         )
 
 

@@ -1,15 +1,7 @@
 """Which entries of matrices are trained: a score for every entry, and the best of all, of each row, or of each block.
 
-A score comes from the weights, from gradients or activations (statistics of `graft.collect`), or from chance:
-
-    random      uniform in [0, 1)
-    magnitude   |W|
-    gradient    |dL/dW|                 weight_grad, the mean over batches
-    snip        |W dL/dW|               weight_grad
-    fisher      mean over batches of (dL/dW)^2                weight_square
-    activation  the norm of the inputs of each column         input_square
-    wanda       |W| times that norm                           input_square
-    change      |W_tuned - W| after full fine-tuning          weight_change
+A score comes from the weights, from gradients or activations (statistics of `graft.collect`), or from chance; they are
+in SCORES.
 """
 
 from collections.abc import Callable
@@ -22,6 +14,7 @@ from .errors import GraftError
 
 
 class Score(NamedTuple):
+    formula: str
     of: Callable[..., Tensor]  # site -> [out, in], or what broadcasts to it
     needs: tuple[str, ...] = ()  # statistics
 
@@ -36,14 +29,26 @@ def _weight(site) -> Tensor:
 
 
 SCORES: dict[str, Score] = {
-    "random": Score(lambda site: torch.rand(site.d_out, site.d_in)),
-    "magnitude": Score(lambda site: _weight(site).abs()),
-    "gradient": Score(lambda site: site.stats["weight_grad"].abs(), ("weight_grad",)),
-    "snip": Score(lambda site: (_weight(site) * site.stats["weight_grad"]).abs(), ("weight_grad",)),
-    "fisher": Score(lambda site: site.stats["weight_square"], ("weight_square",)),
-    "activation": Score(lambda site: _norms(site), ("input_square",)),
-    "wanda": Score(lambda site: _weight(site).abs() * _norms(site).to(_weight(site)), ("input_square",)),
-    "change": Score(lambda site: site.stats["weight_change"].abs(), ("weight_change",)),
+    "random": Score("uniform in [0, 1)", lambda site: torch.rand(site.d_out, site.d_in)),
+    "magnitude": Score("|W|", lambda site: _weight(site).abs()),
+    "gradient": Score(
+        "|dL/dW|, of the mean over batches", lambda site: site.stats["weight_grad"].abs(), ("weight_grad",)
+    ),
+    "snip": Score(
+        "|W dL/dW|, of the mean over batches",
+        lambda site: (_weight(site) * site.stats["weight_grad"]).abs(),
+        ("weight_grad",),
+    ),
+    "fisher": Score("mean over batches of (dL/dW)^2", lambda site: site.stats["weight_square"], ("weight_square",)),
+    "activation": Score("norm of the inputs of each column", lambda site: _norms(site), ("input_square",)),
+    "wanda": Score(
+        "|W| times the norm of the inputs of its column",
+        lambda site: _weight(site).abs() * _norms(site).to(_weight(site)),
+        ("input_square",),
+    ),
+    "change": Score(
+        "|W_tuned - W| after full fine-tuning", lambda site: site.stats["weight_change"].abs(), ("weight_change",)
+    ),
 }
 
 

@@ -29,6 +29,10 @@ class EVA(Init, name="eva"):
             "https://arxiv.org/abs/2410.07170",
         ),
     )
+    known = (
+        "Its authors report faster convergence than other starts and the highest average in each domain: language, "
+        "vision and reinforcement learning."
+    )
     hosts = ("linear",)
 
     def __init__(

@@ -27,6 +27,10 @@ class LoRAGA(Init, name="lora_ga"):
             "https://arxiv.org/abs/2407.05000",
         ),
     )
+    known = (
+        "Its authors report 2 to 4 times faster convergence than LoRA, 5.69 % more on average on a part of GLUE with "
+        "T5-base and 11.52 % more on GSM8K with Llama 2 7B."
+    )
     needs = ("weight_grad",)
     taken_off = True
 

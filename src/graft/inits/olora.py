@@ -20,6 +20,10 @@ class OLoRA(Init, name="olora"):
             "https://arxiv.org/abs/2406.01775",
         ),
     )
+    known = (
+        "PEFT's documentation, after the authors: faster and more stable convergence than LoRA's random start, and "
+        "better results."
+    )
     taken_off = True
 
     def factors(self, site, rank, scaling):

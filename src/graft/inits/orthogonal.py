@@ -22,6 +22,10 @@ class Orthogonal(Init, name="orthogonal"):
             "https://datta0.github.io/posts/rethink-lora-init/",
         ),
     )
+    known = (
+        "Another author's test (https://aweers.de/blog/2025/lora-init) finds LoRA's random start better: it bears "
+        "higher learning rates and ends at the lower loss."
+    )
 
     def factors(self, site, rank, scaling):
         if rank % 2:

@@ -4,7 +4,10 @@ import copy
 import importlib
 from typing import Any
 
+from torch import nn
+
 from ..site import QuantisedSite
+from . import SCHEMES, Scheme
 
 
 def _functional() -> Any:
@@ -53,3 +56,18 @@ class Linear8bitLtSite(QuantisedSite, hosts=("bitsandbytes.nn.modules.Linear8bit
         own, state = self.module.weight, self.module.state
         scale = state.SCB if own.SCB is None else own.SCB
         return own.data if scale is None else _functional().int8_vectorwise_dequant(own.data, scale)
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    kind: Any = importlib.import_module("bitsandbytes.nn").Linear4bit
+    made = kind(
+        linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
+        quant_type="nf4", compress_statistics=True,
+    )  # fmt: skip
+    made.load_state_dict(linear.state_dict())
+    return made.to(linear.weight.device)  # which is when it quantises
+
+
+SCHEMES["nf4"] = Scheme(
+    "bitsandbytes': weights as NormalFloat4, 64 to a scale, scales quantised, as in QLoRA", _nf4, "bitsandbytes"
+)

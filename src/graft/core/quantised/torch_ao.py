@@ -1,8 +1,14 @@
 """torch's own dynamic quantisation: torch.ao.quantization.quantize_dynamic(model, {nn.Linear})."""
 
+import copy
+import importlib
+from typing import Any
+
 import torch
+from torch import nn
 
 from ..site import QuantisedSite
+from . import SCHEMES, Scheme
 
 
 class DynamicSite(QuantisedSite, hosts=("torch.ao.nn.quantized.dynamic.modules.linear.Linear",)):
@@ -28,3 +34,16 @@ class DynamicSite(QuantisedSite, hosts=("torch.ao.nn.quantized.dynamic.modules.l
             per_row = own.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
             found["scale"] = own.q_per_channel_scales() if per_row else torch.tensor(own.q_scale())
         return found if bias is None else found | {"bias": bias}
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    own: Any = copy.copy(linear)
+    own.qconfig = torch.ao.quantization.per_channel_dynamic_qconfig
+    library: Any = importlib.import_module("torch.ao.nn.quantized.dynamic")
+    return library.Linear.from_float(own)
+
+
+SCHEMES["int8"] = Scheme(
+    "torch's own: weights as int8, a scale for each output, and inputs as they come; float32, on CPUs", _int8,
+    dtype=torch.float32, device="cpu",
+)  # fmt: skip

@@ -1,9 +1,15 @@
 """torchao: quantize_(model, Int8WeightOnlyConfig()) and the like, which give nn.Linear weights of their own types."""
 
+import copy
+import importlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..site import QuantisedSite
+from . import SCHEMES, Scheme
 
 
 class TorchaoSite(QuantisedSite, hosts=("torchao.utils.TorchAOBaseTensor",)):
@@ -24,3 +30,13 @@ class TorchaoSite(QuantisedSite, hosts=("torchao.utils.TorchAOBaseTensor",)):
         own, bias = self.module.weight, self.module.bias
         found = {name: getattr(own, name) for name in own.__tensor_flatten__()[0]}
         return found if bias is None else found | {"bias": bias}
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    library: Any = importlib.import_module("torchao.quantization")
+    made = copy.deepcopy(linear)
+    library.quantize_(made, library.Int8WeightOnlyConfig())
+    return made
+
+
+SCHEMES["int8-weights"] = Scheme("torchao's: weights as int8, a scale for each output", _int8, "torchao")

@@ -22,6 +22,10 @@ class AdaptFormer(Parallel, name="adaptformer"):
             "https://arxiv.org/abs/2205.13535",
         ),
     )
+    known = (
+        "Its authors report more than full fine-tuning on action recognition with vision transformers: by 10 % on "
+        "Something-Something v2 and 19 % on HMDB51, relatively, with 1.5 % more parameters."
+    )
     small = dict(size=3)
 
     def __init__(

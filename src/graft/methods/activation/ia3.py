@@ -92,6 +92,10 @@ class IA3(Delta, name="ia3"):
             "https://arxiv.org/abs/2205.05638",
         ),
     )
+    known = (
+        "Its authors report better accuracy than by in-context learning at far lower cost, and with a recipe on T0 6 % "
+        "more than the state of the art on RAFT, a benchmark of few examples."
+    )
     hosts = ("linear", "conv")
     neutral = {"l": 1.0}
     peft = _IA3Peft(

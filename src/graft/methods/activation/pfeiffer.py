@@ -34,6 +34,11 @@ class Pfeiffer(Serial, name="pfeiffer"):
             "https://arxiv.org/abs/2005.00247",
         ),
     )
+    known = (
+        "Its authors report state-of-the-art transfer between languages in named entity recognition and causal "
+        "commonsense reasoning (MAD-X), and better results than full fine-tuning and multi-task learning on 16 tasks "
+        "when several are fused (AdapterFusion)."
+    )
     hosts = ("module",)
     targets = "blocks"
     starts_as_base = False

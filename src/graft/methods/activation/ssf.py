@@ -25,6 +25,10 @@ class SSF(Delta, name="ssf"):
             "https://arxiv.org/abs/2210.08823",
         ),
     )
+    known = (
+        "Its authors report more than full fine-tuning with about 0.3 million parameters: 90.72 % against 88.54 % on "
+        "FGVC, 73.10 % against 65.57 % on VTAB-1k."
+    )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
     neutral = {"gamma": 1.0, "beta": 0.0}

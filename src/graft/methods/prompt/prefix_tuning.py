@@ -109,6 +109,11 @@ class PrefixTuning(Attention, name="prefix_tuning"):
             "https://arxiv.org/abs/2110.07602",
         ),
     )
+    known = (
+        "Its authors report results comparable to full fine-tuning in generation with 0.1 % of the parameters, and "
+        "better ones with little data; those of P-Tuning v2 report the same for language understanding. The authors of "
+        "`When Do Prompting and Prefix-Tuning Work?` prove that it can express strictly less than full fine-tuning."
+    )
     starts_as_base = False
     small = dict(length=3)
     adapter_hub = "it saves prefixes as pickles only, which are never read"

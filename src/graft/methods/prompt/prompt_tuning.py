@@ -39,6 +39,11 @@ class PromptTuning(Prompt, name="prompt_tuning"):
             "https://arxiv.org/abs/2104.08691",
         ),
     )
+    known = (
+        "Its authors report that it reaches full fine-tuning in models beyond billions of parameters, and takes a "
+        "change of domain better. The authors of P-Tuning v2 find it weak in models of normal size and in sequence "
+        "labelling."
+    )
     small = dict(length=3)
     adapter_hub = "it puts the prompt behind the positions and the norm of the embeddings"
     peft = _PromptTuningPeft(

@@ -27,6 +27,10 @@ class APET(Entries, name="apet"):
             "https://arxiv.org/abs/2306.02320",
         ),
     )
+    known = (
+        "Its authors report that the larger a language model, the less it matters which of its parameters are trained: "
+        "at tens of billions nearly all methods equal full fine-tuning, while in small models they differ."
+    )
     small = dict(parameters=9)
 
     @classmethod

@@ -21,6 +21,10 @@ class BitFit(Delta, name="bitfit"):
             "https://arxiv.org/abs/2106.10199",
         ),
     )
+    known = (
+        "Its authors report that on BERT it equals or beats full fine-tuning with little or moderate training data, "
+        "and falls behind it with more. A model without biases, such as Llama, has nothing for it to train."
+    )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
     neutral = {"c": 0.0}

@@ -28,6 +28,10 @@ class GMT(Full, name="gmt"):
             "https://arxiv.org/abs/2406.15330",
         ),
     )
+    known = (
+        "Its authors report better results of language models than by ordinary fine-tuning at about its cost, and "
+        "little influence of the share of gradients that is kept."
+    )
     targets = "all-linear"
     lycoris = None
     small = dict(density=0.5)

@@ -27,6 +27,10 @@ class GPS(Entries, name="gps"):
             "https://arxiv.org/abs/2312.10136",
         ),
     )
+    known = (
+        "Its authors report more than full fine-tuning on 24 image classification tasks with 0.36 % of the parameters: "
+        "91.78 % against 88.45 % on FGVC, 73.1 % against 65.57 % on VTAB."
+    )
     hosts = ("linear", "conv")
     needs = ("weight_grad",)
     small = dict(per_row=2)

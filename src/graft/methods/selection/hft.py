@@ -25,6 +25,10 @@ class HFT(Full, name="hft"):
             "HFT: Half Fine-Tuning for Large Language Models", "Hui et al.", 2024, "https://arxiv.org/abs/2404.18466"
         ),
     )
+    known = (
+        "Its authors report less forgetting than by full fine-tuning in instruction tuning, preference optimisation "
+        "and continual learning, and about 30 % less training time."
+    )
     hosts = ("linear", "conv", "norm")
     targets = ("all-linear", "norms")
     lycoris = None

@@ -38,6 +38,10 @@ class LNTuning(Delta, name="ln_tuning"):
             "https://arxiv.org/abs/2312.11420",
         ),
     )
+    known = (
+        "Its authors report, where language models learn to see, over 20 % more than LoRA on average over five tasks "
+        "at 13 billion parameters, with 41.9 % fewer trained and 17.6 % less memory."
+    )
     hosts = ("norm",)
     targets = "norms"
     neutral = {"c": 0.0, "d": 0.0}

@@ -32,6 +32,10 @@ class LTSFT(Entries, name="lt_sft"):
             "https://arxiv.org/abs/2110.07560",
         ),
     )
+    known = (
+        "Its authors report far better results than with adapters in zero-shot transfer between languages (Universal "
+        "Dependencies, MasakhaNER, AmericasNLI), where the changes of a task and of a language are added up."
+    )
     needs = ("weight_change",)
     small = dict(density=0.2)
 

@@ -31,6 +31,10 @@ class RAMT(Delta, name="r_amt"):
             "https://arxiv.org/abs/2307.15049",
         ),
     )
+    known = (
+        "Its authors report 18.73 % more than zero-shot CLIP with 2.56 % of its parameters masked on average, better "
+        "results than earlier methods on 11 data sets, and gains on top of other methods."
+    )
     targets = "attention"
 
     def __init__(

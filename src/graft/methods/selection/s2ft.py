@@ -34,6 +34,11 @@ class S2FT(Columns, name="s2ft"):
             "https://arxiv.org/abs/2412.06289",
         ),
     )
+    known = (
+        "Its authors report 4.6 and 1.3 % more than LoRA on commonsense and arithmetic reasoning, 11.5 % more than "
+        "full fine-tuning where instruction tuning is to carry over to other domains, and up to 3 times less training "
+        "memory than that."
+    )
     targets = r"o_proj|down_proj|out_proj|c_proj|fc2|output\.dense|out_lin|lin2|wo"
     needs = ("weight_grad", "input_square")
     small = dict(density=0.4)

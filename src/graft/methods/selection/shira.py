@@ -56,6 +56,10 @@ class SHiRA(Entries, name="shira"):
     """
 
     papers = (Paper("Sparse High Rank Adapters", "Bhardwaj et al.", 2024, "https://arxiv.org/abs/2406.13175"),)
+    known = (
+        "Its authors report that 1 to 2 % of the weights do better than LoRA, that concepts are lost less when "
+        "adapters are added up, and loading 5 to 16 times faster than merging LoRA on a CPU."
+    )
     needs = ("weight_grad",)
     small = dict(density=0.2)
     peft = _ShiraPeft(

@@ -47,6 +47,10 @@ class SNELLA(Sensitive, name="snella"):
         ),
         Paper("Expanding Sparse Tuning for Low Memory Usage", "Shen et al.", 2024, "https://arxiv.org/abs/2411.01800"),
     )
+    known = (
+        "Its authors report 91.9 % on FGVC against 90.1 % for SPT with LoRA, with 31.1 to 39.9 % less memory than "
+        "earlier sparse methods on vision models."
+    )
     starts_as_base = False
     small = dict(rank=4, density=0.5)
     count: Tensor

@@ -36,6 +36,10 @@ class SpIEL(Entries, name="spiel"):
             "https://arxiv.org/abs/2401.16405",
         ),
     )
+    known = (
+        "Its authors report that in instruction tuning of LLaMA 2 7B and 13B it is often better than LoRA in "
+        "comparable time, and that it works on quantised models."
+    )
     hosts = ("linear",)
     small = dict(density=0.2)
     steps: Tensor

@@ -34,6 +34,10 @@ class SPT(Entries, name="spt"):
             "https://arxiv.org/abs/2303.08566",
         ),
     )
+    known = (
+        "Its authors report 4.2 and 1.4 % higher accuracy than the bottleneck adapter on FGVC and VTAB-1k with a "
+        "supervised ViT-B/16."
+    )
     hosts = ("linear", "conv")
     needs = ("weight_square",)
     small = dict(density=0.3, rank=2)

@@ -27,6 +27,10 @@ class Surgical(Full, name="surgical"):
             "https://arxiv.org/abs/2310.17041",
         ),
     )
+    known = (
+        "Its authors report that a few layers do about as well as all of them on GLUE and SuperGLUE, often better, and "
+        "that the ranking of layers stays the same in training."
+    )
     targets = "blocks"
     needs = ("fisher",)
     lycoris = None

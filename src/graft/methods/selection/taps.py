@@ -30,6 +30,10 @@ class TAPS(Delta, name="taps"):
             "https://arxiv.org/abs/2203.16708",
         ),
     )
+    known = (
+        "Its authors report state-of-the-art results on suites of image tasks with few parameters for each task, with "
+        "ResNet, DenseNet and ViT."
+    )
 
     def __init__(
         self,

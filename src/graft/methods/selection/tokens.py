@@ -70,6 +70,10 @@ class Tokens(Delta, name="tokens"):
             "https://arxiv.org/abs/2208.01618",
         ),
     )
+    known = (
+        "Its authors report that one new word vector, learnt from 3 to 5 images, suffices for an object or a style in "
+        "a text-to-image model."
+    )
     hosts = ("embedding", "linear")
     targets = "tokens"
     brings_rows = True

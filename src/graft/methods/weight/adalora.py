@@ -86,6 +86,10 @@ class AdaLoRA(Sensitive, Triplets, name="adalora"):
             "https://arxiv.org/abs/2303.10512",
         ),
     )
+    known = (
+        "Its authors report gains over other methods in language understanding, question answering and generation, "
+        "most of all where few parameters may be trained."
+    )
     small = dict(rank=3, target_rank=2)
     peft = _AdaPeft(
         "ADALORA",

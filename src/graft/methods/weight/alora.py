@@ -41,6 +41,7 @@ class ALoRA(Valued, name="alora"):
             "https://arxiv.org/abs/2403.16187",
         ),
     )
+    known = "Its authors report better results than other recent methods with about as many trained parameters."
     small = dict(rank=2, limit=3, examples=2)
     keep: Tensor
     done: Tensor

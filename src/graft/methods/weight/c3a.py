@@ -31,6 +31,10 @@ class C3A(Delta, name="c3a"):
             "https://arxiv.org/abs/2407.19342",
         ),
     )  # fmt: skip
+    known = (
+        "Its authors report better results than LoRA and its variants at a cost in time and memory like LoRA's. PEFT's "
+        "documentation advises a far larger learning rate than for other methods, such as 0.1."
+    )
     hosts = ("linear",)
     passes_x = True
     small = dict(block=4)

@@ -31,6 +31,10 @@ class COLA(LowRank, name="cola"):
             "https://arxiv.org/abs/2401.04151",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA on seven tasks with OPT and Llama-2, at no further cost in "
+        "computation or memory."
+    )
     ups = ("B",)
     small = dict(rank=2, links=2)
     past_A: Tensor

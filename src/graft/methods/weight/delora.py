@@ -40,6 +40,11 @@ class DeLoRA(LowRank, name="delora"):
             "https://arxiv.org/abs/2503.18225",
         ),
     )
+    known = (
+        "Its authors report results equal to or better than those of other methods in subject-driven image generation, "
+        "language understanding and instruction tuning, and less harm from unlucky hyperparameters and long training "
+        "than LoRA takes."
+    )
     hosts = ("linear", "conv")
     small = dict(rank=2)
     peft = _DeloraPeft(

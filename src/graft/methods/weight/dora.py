@@ -71,6 +71,11 @@ class DoRA(Initialised, name="dora"):
     papers = (
         Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "Liu et al.", 2024, "https://arxiv.org/abs/2402.09353"),
     )
+    known = (
+        "Its authors report better results than LoRA on commonsense reasoning, visual instruction tuning and "
+        "understanding of images and videos. The authors of SMT find that, like LoRA, it stops gaining and then loses "
+        "as more parameters are trained."
+    )
     small = dict(rank=2)
     passes_x = True
     peft = replace(

@@ -34,6 +34,10 @@ class DyDoRA(Triplets, name="dydora"):
             "https://arxiv.org/abs/2405.17357",
         ),
     )
+    known = (
+        "Its authors report results close to LoRA's and full fine-tuning's, and better ones than other methods for the "
+        "same number of stored parameters."
+    )
     small = dict(rank=3, target_rank=2)
     share_of_norm: Tensor
     choosing: Tensor

@@ -32,6 +32,10 @@ class DyLoRA(LowRank, name="dylora"):
             "https://arxiv.org/abs/2210.07558",
         ),
     )
+    known = (
+        "Its authors report training at least 4 to 7 times faster than LoRA with a search for its rank, and good "
+        "results over a far wider range of ranks."
+    )
     ups = ("B",)
     small = dict(rank=3)
     lycoris = "it saves a trained DyLoRA as a LoRA; graft.convert makes one of this"

@@ -42,6 +42,11 @@ class ETHER(Turned, name="ether"):
     """
 
     papers = (PAPER,)
+    known = (
+        "Its authors report results equal to or better than other methods' with 10 to 100 times fewer parameters than "
+        "LoRA or OFT, and little harm from an unlucky learning rate. The authors of DeLoRA see its limit in the fixed "
+        "strength and the very low rank of the change."
+    )
     starts_as_base = False
     small = dict(blocks=2)
 

@@ -19,6 +19,10 @@ class ETHERPlus(Turned, name="ether_plus"):
     """
 
     papers = (PAPER,)
+    known = (
+        "Its authors report results equal to or better than other methods' in image synthesis and language tasks, with "
+        "10 to 100 times fewer parameters than LoRA or OFT and no long search for hyperparameters."
+    )
     hosts = ("linear",)
     small = dict(blocks=2)
 

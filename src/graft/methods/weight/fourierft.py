@@ -37,6 +37,10 @@ class FourierFT(Delta, name="fourierft"):
             "https://arxiv.org/abs/2405.03003",
         ),
     )
+    known = (
+        "Its authors report results comparable to LoRA's or better with far fewer parameters: 0.064 million against "
+        "33.5 million in instruction tuning of LLaMA2-7B."
+    )
     hosts = ("linear",)
     passes_x = True
     small = dict(count=20)

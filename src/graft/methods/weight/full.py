@@ -57,6 +57,11 @@ class Full(Delta, name="full"):
             "https://arxiv.org/abs/2412.11509",
         ),
     )
+    known = (
+        "The reference for all other methods. The authors of `Revisiting Few-sample BERT Fine-tuning` report that it "
+        "is unstable with few examples, and stable with a bias-corrected AdamW, more steps and top layers that begin "
+        "anew."
+    )
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
     targets = "head"

@@ -30,6 +30,11 @@ class GraLoRA(Delta, name="gralora"):
             "https://arxiv.org/abs/2505.20355",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA on code, reasoning, language understanding and image generation, "
+        "by up to 8.5 points of Pass@1 on HumanEval+. It is made for high ranks, at which they find that LoRA "
+        "overfits."
+    )
     hosts = ("linear",)
     passes_x = True
     small = dict(rank=4)

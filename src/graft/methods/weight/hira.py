@@ -39,6 +39,7 @@ class HiRA(Delta, name="hira"):
             "https://proceedings.iclr.cc/paper_files/paper/2025/hash/48c368f105e8145b945227b73255635a-Abstract-Conference.html",
         ),
     )
+    known = "Its authors report better results than LoRA and its variants on several tasks of large language models."
     small = dict(rank=2)
     ups = ("B",)
     peft = Peft(

@@ -50,6 +50,10 @@ class HRA(Turned, name="hra"):
             "https://doi.org/10.1145/1141885.1141886",
         ),
     )
+    known = (
+        "Its authors report better results with fewer parameters than other methods, for large language models and "
+        "conditional image generators."
+    )
     small = dict(rank=2)
     peft = Peft(
         "HRA",

@@ -27,6 +27,9 @@ class Hydra(Delta, name="hydra"):
             "https://arxiv.org/abs/2309.06922",
         ),
     )
+    known = (
+        "Its authors report better results than with one branch alone, parallel or sequential, over many benchmarks."
+    )
     passes_x = True
     ups = ("B", "D")
     small = dict(rank=2)

@@ -116,6 +116,7 @@ class LoKr(Delta, name="lokr"):
             "https://arxiv.org/abs/2309.14859",
         ),
     )
+    known = "The authors of LyCORIS study it in text-to-image models, with no figures in their abstract."
     passes_x = True
     small = dict(rank=1)
     peft = _KroneckerPeft(

@@ -78,6 +78,11 @@ class LoRA(Factored, name="lora"):
             "https://arxiv.org/abs/2309.14859",
         ),
     )
+    known = (
+        "Its authors report results equal to full fine-tuning's or better on RoBERTa, DeBERTa, GPT-2 and GPT-3, "
+        "without latency in inference. The authors of SMT and of GraLoRA find that it stops gaining and then loses as "
+        "its rank grows."
+    )
     by_factors = True
     small = dict(rank=2)
     passes_x = True

@@ -32,6 +32,10 @@ class LoRAGGPO(LoRA, name="lora_ggpo"):
             "https://arxiv.org/abs/2502.14538",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA and its variants in language understanding and generation, and "
+        "that it eases the double descent which they see in LoRA."
+    )
     peft = adapter_hub = lycoris = "its noise is for training: graft.convert makes a LoRA of it"
 
     deviation: torch.Tensor  # [out]

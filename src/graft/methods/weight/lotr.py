@@ -22,6 +22,7 @@ class LoTR(LowRank, name="lotr"):
     papers = (
         Paper("LoTR: Low Tensor Rank Weight Adaptation", "Bershatsky et al.", 2024, "https://arxiv.org/abs/2402.01376"),
     )
+    known = "Its authors report more for each parameter than with LoRA, above all in deep models."
     small = dict(rank=2)
 
     @classmethod

@@ -27,6 +27,10 @@ class NestedLoRA(Spectral, name="nested_lora"):
             "https://arxiv.org/abs/2408.10280",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA and its variants on commonsense reasoning, vision-language models "
+        "and subject-driven image generation, with fewer trained parameters."
+    )
     small = dict(rank=3, inner=2)
 
     def __init__(

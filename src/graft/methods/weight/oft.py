@@ -65,6 +65,11 @@ class OFT(Delta, name="oft"):
         ),
         Paper("Orthogonal Finetuning Made Scalable", "Qiu et al.", 2025, "https://arxiv.org/abs/2506.19847"),
     )
+    known = (
+        "Its authors report better quality and faster convergence than other methods in subject-driven and "
+        "controllable image generation. Turning inputs in place of weights, as here, they report up to 10 times faster "
+        "training in 3 times less memory."
+    )
     hosts = ("linear", "conv")
     small = dict(block=4)
     peft = _OFTPeft(

@@ -29,6 +29,10 @@ class PSOFT(Spectral, name="psoft"):
             "https://arxiv.org/abs/2505.11235",
         ),
     )
+    known = (
+        "Its authors made it because orthogonal methods cost much in parameters, memory and time, and report a "
+        "practical balance of these with quality over 35 tasks of language and vision."
+    )
     small = dict(rank=3)
     peft = "it turns in the basis of a decomposition whose signs differ from run to run and are not saved"
     upper: Tensor

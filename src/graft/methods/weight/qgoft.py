@@ -35,6 +35,10 @@ class QGOFT(Delta, name="qgoft"):
             "https://arxiv.org/abs/2404.04316",
         ),
     )
+    known = (
+        "Its authors report O(d) in place of OFT's O(d^2) parameters, with good results on various tasks and language "
+        "models."
+    )
     hosts = ("linear", "conv")
     angles: Any
     planes: Any

@@ -53,6 +53,11 @@ class RandLoRA(Delta, name="randlora"):
             "https://arxiv.org/abs/2502.00987",
         ),
     )
+    known = (
+        "Its authors report that full rank helps on vision and language tasks, most where both meet: there it narrows "
+        "or closes the gap between LoRA and full fine-tuning. PEFT's documentation warns of slow training with ranks "
+        "below 4."
+    )
     hosts = ("linear",)
     small = dict(rank=3)
     peft = _RandPeft(

@@ -29,6 +29,10 @@ class RoSA(Delta, name="rosa"):
             "https://arxiv.org/abs/2401.04679",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA and sparse fine-tuning with as many parameters on tasks that need "
+        "fine-tuning: grade-school mathematics and SQL."
+    )
     needs = SHiRA.needs
     small = dict(rank=2, density=0.2, mask="random")
 

@@ -36,6 +36,10 @@ class SpectralAdapter(Spectral, name="spectral_adapter"):
             "https://arxiv.org/abs/2405.13952",
         ),
     )
+    known = (
+        "Its authors report better results for the number of parameters than low-rank adapters have, and that several "
+        "of them fuse more easily."
+    )
     small = dict(rank=3)
     upper: Tensor
 

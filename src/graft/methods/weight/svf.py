@@ -21,6 +21,10 @@ class SVF(Between, Spectral, name="svf"):
     papers = (
         Paper("Transformer-squared: Self-adaptive LLMs", "Sun, Cetin, Tang", 2025, "https://arxiv.org/abs/2501.06252"),
     )
+    known = (
+        "Its authors report better results than LoRA with fewer parameters, trained by reinforcement learning and "
+        "mixed anew for each prompt."
+    )
     neutral = {"z": 1.0}
 
     def __init__(self, site, *, keep_sum: Annotated[bool, "scale all singular values so that their sum stays"] = False):

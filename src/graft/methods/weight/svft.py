@@ -36,6 +36,10 @@ class SVFT(Spectral, name="svft"):
             "https://arxiv.org/abs/2405.19597",
         ),
     )
+    known = (
+        "Its authors report up to 96 % of full fine-tuning's result with 0.006 to 0.25 % of the parameters, where "
+        "other methods reach 85 % with 0.03 to 0.8 %."
+    )
     hosts = ("linear",)
     by_factors = False  # M V would be one more [k, in]
     neutral = {"value": 0.0}

@@ -54,6 +54,10 @@ class Tangent(Delta, name="tangent"):
             "https://arxiv.org/abs/2305.12827",
         ),
     )
+    known = (
+        "Its authors report results comparable to ordinary fine-tuning on image classification. The authors of `Task "
+        "Arithmetic in the Tangent Space` report that task vectors learnt so add and subtract better."
+    )
     hosts = ("module",)
     passes_x = True
     bare: Any

@@ -36,6 +36,10 @@ class TeRA(Delta, name="tera"):
             "https://arxiv.org/abs/2509.03234",
         ),
     )
+    known = (
+        "Its authors report results equal to or better than those of other methods of high rank, with as few "
+        "parameters as methods that train vectors."
+    )
     hosts = ("linear",)
     passes_x = True
     small = dict(rank=3)

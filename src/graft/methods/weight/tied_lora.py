@@ -38,6 +38,10 @@ class TiedLoRA(LowRank, name="tied_lora"):
             "https://arxiv.org/abs/2311.09578",
         ),
     )
+    known = (
+        "Its authors report, for one choice of what is tied and trained, results comparable to LoRA's on several tasks "
+        "with 13 % of its parameters."
+    )
     by_factors = False  # they would be copies of A and B at each site
     small = dict(rank=2)
 

@@ -60,6 +60,10 @@ class TinyLoRA(Delta, name="tinylora"):
             "https://arxiv.org/abs/2602.04118",
         ),
     )
+    known = (
+        "Its authors report 91 % on GSM8K with 13 trained numbers in an 8B model of Qwen2.5, by reinforcement "
+        "learning. Supervised fine-tuning needs 100 to 1000 times more for the same result."
+    )
     hosts = ("linear",)
     passes_x = True
     by_factors = True

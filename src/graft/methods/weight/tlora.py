@@ -36,6 +36,10 @@ class TLoRA(Delta, name="tlora"):
             "https://arxiv.org/abs/2501.08727",
         ),
     )
+    known = (
+        "Its authors report better quality for the number of parameters than LoRA's in subject-driven and controllable "
+        "image generation with Stable Diffusion."
+    )
     hosts = ("linear",)
 
     def __init__(

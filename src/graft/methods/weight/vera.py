@@ -54,6 +54,10 @@ class VeRA(Delta, name="vera"):
             "https://arxiv.org/abs/2310.11454",
         ),
     )
+    known = (
+        "Its authors report LoRA's results with far fewer trained parameters on GLUE, E2E, image classification and "
+        "instruction tuning of 7B and 13B models."
+    )
     version = 2  # A and B were drawn by torch before
     passes_x = True
     small = dict(rank=6)

@@ -74,6 +74,10 @@ class WaveFT(Delta, name="waveft"):
             "https://arxiv.org/abs/2505.12532",
         ),
     )
+    known = (
+        "Its authors report better results than LoRA and other methods in personalised image generation with Stable "
+        "Diffusion XL, above all with very few parameters."
+    )
     hosts = ("linear",)
     passes_x = True
     small = dict(count=20)
