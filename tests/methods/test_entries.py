@@ -125,3 +125,13 @@ def test_random_choices_overlap_by_the_square_of_their_density():
     picks = [graft.attach(copy.deepcopy(host), "shira", "0", density=0.1, seed=s).deltas["0"].index for s in (0, 1)]
     both = torch.isin(*picks).sum().item() / 60_000
     assert abs(both - 0.01) < 4 * (0.01 * 0.99 / 60_000) ** 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.data(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_bound_is_exceeded_by_as_many_as_asked_where_none_are_equal(size, data, dtype):
+    values = torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(dtype).view(1, -1)
+    count = data.draw(st.integers(0, size))
+    bound = sparse.exceeded_by(values, torch.tensor(count))
+    assert bound.dtype == dtype and (values > bound).sum() == count
+    assert count == size or bound in values
