@@ -63,7 +63,7 @@ def load() -> list[Summary]:
 
     def place(s: Summary) -> tuple:
         name = s.setting.method
-        return s.setting.task, setting(s.setting), order.index(name) if name in order else len(order), s.title
+        return s.setting.task, len(knobs(s.setting)), setting(s.setting), order.index(name) if name in order else len(order), s.title
 
     return sorted(found, key=place)
 
@@ -131,7 +131,7 @@ def table(group: Sequence[Summary]) -> str:
     heads = ["method", *metrics, "seeds", "learning rate", "trained", "training", "step", "memory", "adapter"]
     lines = [f"| {' | '.join(cells)} |" for cells in [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]]
     failed = [f"- {s.title}, {count} runs failed: {why}" for s in group for why, count in s.failures.items()]
-    parts = [f"## {c.task}", f"{'; '.join(facts)}.", "\n".join(lines), "\n".join(failed)]
+    parts = [f"## {named(c)}", f"{'; '.join(facts)}.", "\n".join(lines), "\n".join(failed)]
     return "\n\n".join(filter(None, parts))
 
 
