@@ -7,6 +7,7 @@ import torch
 from against_peft import both, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_layer import acts_as_its_weight, adapted, linear
 from peft import FourierFTConfig
 from peft_reference import Host
 from sizes import largest
@@ -68,3 +69,21 @@ def test_no_matrix_of_full_size_is_made_and_only_values_are_stored():
 def test_too_many_entries_are_refused():
     with pytest.raises(graft.GraftError, match="count 13 is more than the 12 entries of host's matrix"):
         graft.attach(Host(nn.Linear(3, 4)), graft.FourierFT(count=13), "host")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 17), st.integers(1, 17), st.sampled_from([1, 300]), st.data())
+def test_few_and_many_tokens_meet_the_same_weight(d_in, d_out, tokens, data):
+    count = data.draw(st.integers(1, d_in * d_out))
+    acts_as_its_weight(*adapted(linear(d_in, d_out), graft.FourierFT(count=count)), tokens)
+
+
+def test_many_tokens_have_second_derivatives():
+    model, delta = adapted(linear(6, 5), graft.FourierFT(count=7))
+    x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    first = torch.autograd.grad(model(x).sin().sum(), delta.value, create_graph=True)[0]
+    dense = torch.nn.functional.linear(x, delta.weight(delta.site.weight), delta.site.bias)
+    expect = torch.autograd.grad(dense.sin().sum(), delta.value, create_graph=True)[0]
+    wanted = [x, delta.value]
+    for a, b in zip(*(torch.autograd.grad(g.square().sum(), wanted) for g in (first, expect))):
+        torch.testing.assert_close(a, b)

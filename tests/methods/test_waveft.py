@@ -5,6 +5,7 @@ import torch
 from against_peft import both, fill, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_layer import acts_as_its_weight, adapted, linear
 from peft import WaveFTConfig
 from peft.tuners.waveft.wavelet import Wavelet
 from peft_reference import Host
@@ -71,3 +72,36 @@ def test_no_matrix_of_full_size_is_made_and_only_values_are_stored():
     x = torch.randn(4, 256)
     assert largest(lambda: model(x).sum().backward()) < 256 * 256
     assert {k: v.numel() for k, v in adapter.state_dict().items()} == {"host:value": 100}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(30, 40), st.integers(30, 40), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 300]))
+def test_few_and_many_tokens_meet_the_same_weight(d_in, d_out, count, moments, tokens):
+    model, delta = adapted(linear(d_in, d_out), graft.WaveFT(count=count, moments=moments))
+    assert delta.index is not None  # coefficients few enough to be seen as entries of W
+    acts_as_its_weight(model, delta, tokens)
+
+
+def test_a_change_too_small_for_the_weight_in_half_precision_still_counts():
+    host = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.ones_(host.weight)
+    model, delta = adapted(host, graft.WaveFT(count=1), size=1e-4)
+    w = host.weight.detach()
+    assert torch.equal(delta.weight(w).bfloat16(), w)
+    x = torch.randn(500, 64, dtype=torch.bfloat16)
+    x -= x @ w.T / 64  # what W maps to nothing shows the change
+    change = (x.float() @ (delta.weight(w.float()) - w.float()).T).abs().max()
+    assert change > 0 and (model(x) - x @ w.T).abs().max() > change / 2
+
+
+def test_many_tokens_may_meet_a_host_with_other_deltas():
+    model = nn.Sequential(nn.Linear(16, 16))
+    graft.attach(model, "loreft", "0", name="inner", **graft.core.delta.METHODS["loreft"].small)
+    x = torch.randn(500, 16)
+    before = model(x)
+    delta = graft.attach(model, graft.WaveFT(count=2), "0").deltas["0"]
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        delta.value.fill_(0.1)
+        change = x @ (delta.weight(model[0].weight) - model[0].weight).T
+    torch.testing.assert_close(model(x), before + change)

@@ -104,6 +104,20 @@ class Delta(nn.Module, metaclass=_MethodType):
         """y from x and what `prepare` gave; of the delta itself it reads settings only, no tensors."""
         return self.site.apply(x, *prepared)
 
+    def joins(self, inner, x: Tensor) -> bool:
+        """Whether a forward may put its change into W, formed for the call, instead of adding a product of its own.
+
+        Where `inner` is the host alone with a plain matrix, in single precision or more, so that no change is lost in
+        W', and where tokens are many enough to be worth a W'.
+        """
+        site = self.site
+        return (
+            isinstance(inner, Host)
+            and site.kind == "linear"
+            and site.plain_in(x)
+            and 4 * x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out
+        )
+
     def prepared(self, inner, dtype: torch.dtype) -> tuple[Any, ...]:
         """`prepare(inner)` for x of `dtype`; in inference, while all it is made from is frozen, made once and kept.
 

@@ -217,6 +217,10 @@ class LinearSite(Site, hosts=(nn.Linear,)):
         """
         return _Formed.apply(form, pull, x, w, bias, *tensors)  # type: ignore[return-value]
 
+    def plain_in(self, x: Tensor) -> bool:
+        """Whether x meets the matrix itself in a product, both in single precision or more."""
+        return x.dtype == self.where().dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """k features of the input: the host's map with the matrix a [k, in]."""
         return _thin(x, a)
@@ -556,6 +560,9 @@ class QuantisedSite(LinearSite):
     def decode(self) -> Tensor:
         """The matrix [out, in] with which the module computes."""
         raise NotImplementedError
+
+    def plain_in(self, x):
+        return False
 
     def codes(self) -> dict[str, Tensor]:
         """What the weight is decoded from, and the bias: plain tensors by name."""

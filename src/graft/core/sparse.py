@@ -25,9 +25,14 @@ def placed(w: Tensor, value: Tensor, index: Tensor) -> Tensor:
 
 def pulled(g: Tensor, x: Tensor, w: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, None]:
     """dL/dvalue for g = dL/dy [n, out] and x [n, in], for apply_formed; none for the index."""
+    return sampled(g, x, index).to(value.dtype), None
+
+
+def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """The entries of g^T x [out, in] at the flat positions `index` [k], which rise."""
     if torch.is_grad_enabled():  # the sampled product has no derivative
-        return (g.mT @ x).flatten()[index].to(value.dtype), None
-    return torch.ops.graft.sampled_product(g, x, index).to(value.dtype), None
+        return (g.mT @ x).flatten()[index]
+    return torch.ops.graft.sampled_product(g, x, index)
 
 
 def strongest(g: Tensor, x: Tensor, keep: int) -> Tensor:

@@ -9,7 +9,7 @@ from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import As, DottedPeft
 from ...core.hyper import Range
-from ...core.sparse import features_first, sparse_map
+from ...core.sparse import features_first, sampled, sparse_map
 
 
 def places(site, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -23,10 +23,13 @@ def places(site, count: int, seed: int) -> tuple[Tensor, Tensor]:
 class FourierFT(Delta, name="fourierft"):
     """W' = W + s Re(ifft2(F)), where F [out, in] holds `value` [count] at random places and is zero elsewhere.
 
-    On activations the matrix is not formed: y + s Re(ifft(F ifft(x))), which takes of each token two transforms and
-    `count` products. `value` starts at zero, so that the adapted model starts as the base (in the paper, and by
-    default in PEFT, it is drawn from a standard normal distribution). The places follow from `location_seed`, are the
-    same at all sites of one size, and are not stored.
+    `value` starts at zero, so that the adapted model starts as the base (in the paper, and by default in PEFT, it is
+    drawn from a standard normal distribution). The places follow from `location_seed`, are the same at all sites of one
+    size, and are not stored.
+
+    Many tokens meet a W' that is made by transforms of half of F, twice, and dL/dvalue comes from transforms of x and
+    dL/dy. For few, or beside half precision, y + s Re(ifft(F ifft(x))) forms no matrix: two transforms of each token,
+    and `count` products.
     """
 
     papers = (
@@ -55,6 +58,11 @@ class FourierFT(Delta, name="fourierft"):
     )
     rows: Tensor
     columns: Tensor
+    spots: Tensor
+    shares: Tensor
+    index: Tensor
+    entry: Tensor
+    signs: Tensor
 
     def __init__(
         self,
@@ -66,13 +74,20 @@ class FourierFT(Delta, name="fourierft"):
     ):
         super().__init__(site)
         rows, columns = places(site, count, location_seed)
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("columns", columns, persistent=False)
+        halved, folded = (make(rows, columns, site.d_out, site.d_in) for make in (_halved, _folded))
+        for name, t in ({"rows": rows, "columns": columns} | halved | folded).items():
+            self.register_buffer(name, t, persistent=False)
         self.value = nn.Parameter(torch.zeros(count))
         self.scaling = scaling
 
     def prepare(self, inner):
         return self.scaling * self.value, self.rows, self.columns
+
+    def forward(self, inner, x):
+        if not self.joins(inner, x):
+            return super().forward(inner, x)
+        given = self.scaling * self.value, self.spots, self.shares, self.index, self.entry, self.signs
+        return self.site.apply_formed(x, _waved, inner.weight, inner.bias, *given, pull=_pulled)
 
     def act(self, inner, x, value, rows, columns):
         y = inner(x)
@@ -87,3 +102,42 @@ class FourierFT(Delta, name="fourierft"):
     def weight(self, w):
         spectrum = self.value.new_zeros(w.shape).index_put((self.rows, self.columns), self.value)
         return w + self.scaling * torch.fft.ifft2(spectrum).real
+
+
+def _halved(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
+    """Re(ifft2(F)) is the inverse transform of half of F and half of its mirror image at the origin.
+
+    `spots` [2 count] of the mirror images and of the entries themselves in the columns up to width // 2, a transposed
+    half spectrum [width // 2 + 1, out], and their `shares`, 0 for those that lie in the other half.
+    """
+    i, j = torch.cat([-rows % out, rows]), torch.cat([-columns % width, columns])
+    inside = j <= width // 2
+    return {"spots": torch.where(inside, j * out + i, 0), "shares": inside / 2}
+
+
+def _waved(w, value, spots, shares, *_):
+    """W + Re(ifft2(F))."""
+    out, width = w.shape
+    spectrum = value.new_zeros((width // 2 + 1) * out).index_add(0, spots, value.repeat(2) * shares)
+    # The transform of real columns is needed to the half; what follows is the same turned about the origin.
+    upper = torch.fft.irfft(torch.fft.rfft(spectrum.view(-1, out), norm="forward").conj().mT, width)
+    lower = upper[1 : (out + 1) // 2].flip(0, 1).roll(1, 1)
+    return w + torch.cat([upper, lower])
+
+
+def _folded(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
+    """Where in a matrix [2 (out // 2 + 1), 2 (width // 2 + 1)], of real and imaginary parts by turns, the two terms of
+    the real parts of products of two half spectra lie: `index`, rising, of which each value has two, `entry`
+    [2, count], the second one with a sign.
+    """
+    i, j = torch.minimum(rows, out - rows), torch.minimum(columns, width - columns)
+    flat = 4 * (width // 2 + 1) * i + 2 * j
+    index, entry = torch.stack([flat, flat + 2 * (width // 2 + 1) + 1]).unique(return_inverse=True)
+    return {"index": index, "entry": entry, "signs": torch.where((i == rows) == (j == columns), -1.0, 1.0)}
+
+
+def _pulled(g, x, w, value, spots, shares, index, entry, signs):
+    """dL/dvalue = Re(fft(dL/dy)^T fft(x)) at the entries / (out in), in half spectra."""
+    g, x = (torch.view_as_real(torch.fft.rfft(t)).flatten(1) for t in (g, x))
+    real, imaginary = sampled(g, x, index)[entry]
+    return ((real + signs * imaginary) / w.numel()).to(value.dtype), None, None, None, None, None

@@ -11,7 +11,7 @@ from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.hyper import Range
 
-_BLOCK = 64  # of the Hadamard matrices that are multiplied with as such
+_BLOCK = 32  # of the Hadamard matrices that are multiplied with as such
 
 
 class SAID(Delta, name="said"):
@@ -119,12 +119,11 @@ def hadamard(x: Tensor) -> Tensor:
     one = x.new_ones(1, 1)
     for _ in range(min(n, _BLOCK).bit_length() - 1):
         one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
-    sides = [len(one)] * int(math.log(n, _BLOCK) + 1e-9) if n > 1 else []
-    left = n // math.prod(sides)
-    h = x.view(*sides, left)
-    for axis in range(len(sides)):
-        h = (h.movedim(axis, -1) @ one).movedim(-1, axis)  # H is symmetric
-    return (h @ one[:left, :left]).reshape(n)
+    h, left = x, n
+    while left > 1:  # one digit after the other, the first of those left, which moves to the end; H is symmetric
+        side = min(left, len(one))
+        h, left = h.view(side, -1).mT @ one[:side, :side], left // side
+    return h.reshape(n)
 
 
 def intrinsic_dimension(

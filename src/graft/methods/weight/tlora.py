@@ -19,8 +19,9 @@ class TLoRA(Delta, name="tlora"):
 
     with D = `cores` and the digits i_1 ... i_D of an index i in the mixed base I_1, ..., I_D, which are as near to each
     other as the size allows. Computed as f(T x) + B (A x), S = B A with residual^2 columns in B: no matrix [in, in] is
-    formed, and T x costs rank^2 (I_1 + ... + I_D) operations per input. A_d[:, :, r, s] = I / rank makes T the identity
-    at first, B_1 = 0 makes S zero; the others are Gaussian of deviation sqrt(residual) / (I_d residual).
+    formed, and T x costs rank^2 (I + J) operations per input, I J = in the sizes of both halves of the cores.
+    A_d[:, :, r, s] = I / rank makes T the identity at first, B_1 = 0 makes S zero; the others are Gaussian of deviation
+    sqrt(residual) / (I_d residual).
     gamma sum ||A_d[:, :, r, s] - I / rank||_F over all d, r, s is added to the loss.
 
     T alone (residual = 0) is a transform of the inputs like OFT's, but not orthogonal; a method called TLoRA for its
@@ -120,10 +121,17 @@ def _chained(cores):
 
 
 def _ring(x, cores):
-    """T x over the last axis of x, one digit after the other; z is the rank index at which the ring closes."""
-    first, *middle, last = cores
-    h = torch.einsum("...jr,ijza->...izar", x.unflatten(-1, (first.shape[1], -1)), first)
-    for core in middle:
-        h = h.unflatten(-1, (core.shape[1], -1))
-        h = torch.einsum("...pzajr,ijac->...pizcr", h, core).flatten(-5, -4)
-    return torch.einsum("...pzaj,ijaz->...pi", h, last).flatten(-2)
+    """T x over the last axis of x: T = sum over a, b of left[:, :, a, b] ⊗ right[:, :, b, a], halves of the ring."""
+    left, right = _merged(cores[: len(cores) // 2]), _merged(cores[len(cores) // 2 :])
+    n, m = len(left), len(right)
+    h = x.reshape(-1, m) @ right.permute(1, 3, 2, 0).reshape(m, -1)
+    h = h.view(-1, n * left[0, 0].numel(), m)
+    return torch.bmm(left.reshape(n, -1).expand(len(h), -1, -1), h).view(x.shape)
+
+
+def _merged(cores):
+    """Neighbouring cores [I, I, rank, rank] as one."""
+    first, *rest = cores
+    for core in rest:
+        first = torch.einsum("ijab,klbc->ikjlac", first, core).flatten(2, 3).flatten(0, 1)
+    return first

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from itertools import zip_longest
 from typing import Annotated
 
 import torch
@@ -13,8 +14,10 @@ from ...core.errors import GraftError
 from ...core.formats.peft import UNREAD, As, Peft
 from ...core.hyper import Range
 from ...core.recipe import ByPath
-from ...core.sparse import features_first, sparse_map
+from ...core.sparse import features_first, placed, pulled, sparse_map
 from .fourierft import places
+
+MOST = 8  # entries of W for each that changes: with more that change, their gradients cost as much as all
 
 
 class _WavePeft(Peft):
@@ -61,9 +64,11 @@ class WaveFT(Delta, name="waveft"):
     from wavelet coefficients (one level, Daubechies' wavelet with `moments` vanishing moments).
 
     R [n, p] maps p = n + 2 moments - 2 coefficients (one more for odd n) to n values; with Haar's wavelet (one moment)
-    and an even n it is orthogonal. On activations the matrix is not formed: y + s R_out S (R_in^T x). `value` starts at
-    zero, so that the adapted model starts as the base. The places follow from `location_seed`, are the same at all
-    sites of one size, and are not stored.
+    and an even n it is orthogonal. `value` starts at zero, so that the adapted model starts as the base. The places
+    follow from `location_seed`, are the same at all sites of one size, and are not stored.
+
+    A coefficient changes a block of 2 moments rows and columns of W: many tokens meet a W' formed so, twice, with
+    gradients at these entries only. For few, or beside half precision, y + s R_out S (R_in^T x) forms no matrix.
     """
 
     papers = (
@@ -81,6 +86,9 @@ class WaveFT(Delta, name="waveft"):
     hosts = ("linear",)
     passes_x = True
     small = dict(count=20)
+    index: Tensor | None
+    entry: Tensor
+    taps: Tensor
     peft = _WavePeft(
         "WAVEFT",
         {"value": As("waveft_spectrum")},
@@ -120,9 +128,20 @@ class WaveFT(Delta, name="waveft"):
         self.register_buffer("columns", columns, persistent=False)
         self.value = nn.Parameter(torch.zeros(count))
         self.scaling, self.low = scaling, daubechies(moments)
+        few = MOST * count * len(self.low) ** 2 <= site.d_out * site.d_in
+        made = _blocks(rows, columns, site, self.low) if few else ()
+        for name, t in zip_longest(("index", "entry", "taps"), made):
+            self.register_buffer(name, t, persistent=False)
 
     def prepare(self, inner):
         return self.scaling * self.value, self.rows, self.columns
+
+    def forward(self, inner, x):
+        if self.index is None or not self.joins(inner, x):
+            return super().forward(inner, x)
+        shares = (self.scaling * self.value[:, None] * self.taps).flatten()
+        entries = shares.new_zeros(len(self.index)).index_add(0, self.entry.flatten(), shares)
+        return self.site.apply_formed(x, placed, inner.weight, inner.bias, entries, self.index, pull=pulled)
 
     def act(self, inner, x, value, rows, columns):
         y = inner(x)
@@ -144,6 +163,23 @@ class WaveFT(Delta, name="waveft"):
 def coefficients(size: int, moments: int) -> int:
     """How many coefficients give `size` values."""
     return size + size % 2 + 2 * (moments - 1)
+
+
+def _blocks(rows, columns, site, low) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries of W change (flat, rising), and for every coefficient which of them [count, (2 moments)^2], and by
+    how much for each unit of the coefficient.
+    """
+    (i, out), (j, into) = _column(rows, site.d_out, low), _column(columns, site.d_in, low)
+    index, entry = (i[:, :, None] * site.d_in + j[:, None]).flatten(1).unique(return_inverse=True)
+    return index, entry.int(), (out[:, :, None] * into[:, None]).flatten(1)
+
+
+def _column(numbers: Tensor, size: int, low: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Places in the columns `numbers` [k] of R, all others being zero, and the values there: [k, 2 moments] each."""
+    half, taps = coefficients(size, len(low) // 2) // 2, torch.tensor([low, _high(low)], dtype=torch.float64)
+    places = 2 * (numbers % half)[:, None] + torch.arange(len(low)) - (len(low) - 2)
+    values = taps[(numbers >= half).long()] * ((places >= 0) & (places < size))
+    return places.clamp(0, size - 1), values
 
 
 def _high(low: tuple[float, ...]) -> list[float]:
