@@ -48,8 +48,8 @@ n tokens meet a frozen W [out, in]; its step takes 4 n in out operations, since 
 
 A file holds what is trained. Above 1.1 times that are, by their nature:
 
-- chosen positions (SHiRA, SpIEL, APET, LT-SFT, GPS, SPT, RoSA): data or chance chose them, in general not to be found
-  again, and an int32 for each float32 is twice the values;
+- chosen positions (SpIEL, LT-SFT, GPS, SPT, RoSA, SHiRA with masks from weights or gradients): data or training chose
+  them, in general not to be found again, and an int32 for each float32 is twice the values;
 - AdaLoRA: the averages of the importance, without which training cannot go on;
 - COLA: the links trained before the present one;
 - LoRA-SB, and starts that take a part off W (pissa, olora, corda, ...): the frozen factors. Those from gradients or
@@ -57,7 +57,8 @@ A file holds what is trained. Above 1.1 times that are, by their nature:
   other bits with another version of LAPACK, number of threads or dtype of the base, and what is loaded is to be what
   was saved, bit by bit.
 
-VeRA draws its bases from the adapter's seed by exact arithmetic, the same everywhere, and saves none."""
+VeRA draws its bases, SHiRA and APET their random positions from the adapter's seed by exact arithmetic, the same
+everywhere, and save none."""
 
 
 def load() -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import costs
 import proving_ground
 
-from graft import bases, tasks
+from graft import bases, evidence, tasks
 from graft.bases.card import markdown
 from graft.catalogue import catalogue, families, initialisations, scores
 from graft.core.delta import METHODS
@@ -283,11 +283,11 @@ def exchange(text: str) -> str:
 def main() -> None:
     found = proving_ground.load()
     files = {
-        proving_ground.REFERENCES: proving_ground.references(found),
+        proving_ground.EVIDENCE: proving_ground.evidence(found),
         proving_ground.PAGE: proving_ground.page(found),
     }
     write(files)
-    tasks._references.cache_clear()  # the pages of tasks cite them
+    evidence.tables.cache_clear()  # the pages of tasks cite them
     pages = {
         PAGE: page(found),
         EXCHANGE: exchange(EXCHANGE.read_text(encoding="utf-8")),

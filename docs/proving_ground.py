@@ -4,14 +4,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import costs
+
+from graft import evidence as shipped
 from graft import tasks
+from graft.catalogue import plain
+from graft.models import architecture
 from graft.runs import contestants, store
+from graft.runs.configuration import Configuration
 from graft.runs.summary import Summary, measured, setting, spread, summarise, ties
+from graft.training.data import read
+from graft.training.evaluation import choose
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "proving-ground"
 PAGE, PICTURE = (Path(__file__).with_name(f"proving-ground.{end}") for end in ("md", "svg"))
-REFERENCES = Path(tasks.__file__).with_name("references.json")
-CONTROLS = ("full-fine-tuning", "linear-probe", "zero-shot")  # which a task names as its references
+EVIDENCE = Path(shipped.__file__).with_name(shipped.FILE)
 
 HEAD = """# The proving ground
 
@@ -98,13 +105,12 @@ def machines(found: Sequence[Summary]) -> list[str]:
 def table(group: Sequence[Summary]) -> str:
     c = group[0].setting
     metrics = measured(c)
-    knobs = {k: v for k, v in c.knobs.items() if getattr(tasks.task(c.task), k) != v}
     length = f"{c.training.get('steps')} steps of {c.training.get('batch_size')} examples"
     if c.training.get("max_length"):
         length += f" of at most {c.training['max_length']} tokens"
     facts = [f"base `{c.base}`", length, f"at most {c.rows} rows of validation and of test"]
     facts += ["products in bfloat16 while training"] if c.training.get("precision") == "bf16" else []
-    facts += [f"knobs {json.dumps(knobs)}"] if knobs else []
+    facts += [f"knobs {json.dumps(other)}"] if (other := knobs(c)) else []
     bold = {m: ties(group, m) for m in metrics}
     rows = [
         [
@@ -127,6 +133,11 @@ def table(group: Sequence[Summary]) -> str:
     failed = [f"- {s.title}, {count} runs failed: {why}" for s in group for why, count in s.failures.items()]
     parts = [f"## {c.task}", f"{'; '.join(facts)}.", "\n".join(lines), "\n".join(failed)]
     return "\n\n".join(filter(None, parts))
+
+
+def named(c: Configuration) -> str:
+    """A task with its first knob that is not the default, for a narrow place."""
+    return c.task + "".join(f" ({k}={v})" for k, v in [*knobs(c).items()][:1])
 
 
 def mark(values: Sequence[float], bold: bool) -> str:
@@ -166,19 +177,38 @@ def figure(value: float | None, unit: float, form: str) -> str:
     return "" if not value else form.format(value / unit)
 
 
-def references(found: Sequence[Summary]) -> str:
-    """What each task names as its published references, as JSON: {task: [rows]}."""
-    made: dict[str, list] = {}
-    for s in found:
-        if s.title in CONTROLS and s.final and s.setting.knobs == vars_of(s.setting.task):
-            keys = ("base", "method", "seeds", "test")
-            made.setdefault(s.setting.task, []).append({k: v for k, v in s.row().items() if k in keys})
-    return json.dumps(made, indent=1, sort_keys=True) + "\n"
+def evidence(found: Sequence[Summary]) -> str:
+    """The file that ships, see `graft.evidence`."""
+    lines = ",\n".join(json.dumps(plain(entry(group))) for group in groups(found))
+    dear = {m["method"]: m["fp32"] for m in json.loads(costs.RECORDS.read_text(encoding="utf-8")) if "fp32" in m}
+    ratios = {
+        name: {k: round(f["graft"][k] / f["lora"][k], 2) for k in ("step", "kept")} for name, f in sorted(dear.items())
+    }
+    return f'{{"tables": [\n{lines}\n],\n"costs": {json.dumps(ratios)}}}\n'
 
 
-def vars_of(name: str) -> dict:
-    """The knobs of a task with their defaults."""
-    return {knob["name"]: knob["default"] for knob in tasks.describe(tasks.find(name))["knobs"]}
+def entry(group: Sequence[Summary]) -> dict:
+    """A table as data."""
+    c = group[0].setting
+    made = tasks.task(c.task, **c.knobs)
+    told = choose("auto", read(made.rows("train"), columns=c.training.get("columns")), architecture(c.base))
+    floor = next((r.baseline["test"] for s in group for r in s.final), {})
+    keys = ("method", "seeds", "learning_rate", "at_end_of_grid", "test", "parameters", "adapter_bytes")
+    rows = [
+        {"base": c.base} | {k: s.row()[k] for k in keys} | {"tie": tie}
+        for s, tie in zip(group, ties(group, measured(c)[0]))
+        if s.final
+    ]
+    return {
+        "task": c.task, "knobs": knobs(c), "base": c.base, "objective": told.name,
+        "train_rows": len(made.rows("train")) if made.portable else None,
+        "steps": c.training["steps"], "batch_size": c.training["batch_size"], "floor": floor, "rows": rows,
+    }  # fmt: skip
+
+
+def knobs(c: Configuration) -> dict:
+    """Those of a task that are not the default."""
+    return {k: v for k, v in c.knobs.items() if getattr(tasks.task(c.task), k) != v}
 
 
 def picture(found: Sequence[Summary]) -> None:
@@ -207,7 +237,7 @@ def picture(found: Sequence[Summary]) -> None:
                 shown.setdefault(s.title, axis.errorbar(size, value["mean"], **point))
             else:
                 shown.setdefault(s.title, axis.axhline(value["mean"], linestyle=":", color="grey"))
-        axis.set(title=f"{group[0].setting.task} on {group[0].setting.base}", xscale="log", ylabel=metric)
+        axis.set(title=f"{named(group[0].setting)} on {group[0].setting.base}", xscale="log", ylabel=metric)
         axis.set_xlabel("trained parameters")
         axis.margins(x=0.2, y=0.15)
     for axis in axes.flat[len(panels) :]:

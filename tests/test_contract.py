@@ -428,6 +428,7 @@ def test_declares_whether_it_passes_x(name, host):
     flat = [[*args, *kwargs.values()] for args, kwargs in (*given, *seen.calls)]
     passed = len(flat) == 2 and len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat))
     assert passed == delta.passes_x
+    assert passed or not delta.by_factors, "rows by factors are added to one call of the base"
 
 
 class Seen:

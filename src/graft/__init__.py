@@ -50,6 +50,8 @@ _PUBLIC = {
     "sample": "tuning",
     "generate": "tuning",
     "compare": "comparison",
+    "advise": "advice",
+    "rank": "ranking",
     "load_base": "models",
     "save_merged": "models",
 }

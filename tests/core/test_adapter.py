@@ -523,3 +523,11 @@ def test_generate_looks_as_before():
     assert inspect.signature(model.generate) == before and model.generate.__doc__ == doc
     adapter.detach()
     assert "generate" not in model.__dict__
+
+
+@pytest.mark.parametrize("lacking", [{"passes_x": False}, {"factors": graft.Delta.factors}])
+def test_a_method_served_by_factors_must_pass_x_and_have_factors(lacking):
+    sound = {"by_factors": True, "passes_x": True, "factors": lambda self: (self.A, self.B)}
+    with pytest.raises(graft.GraftError, match="Loose: by_factors = True also needs passes_x = True and factors"):
+        type("Loose", (graft.Delta,), sound | lacking, name="loose")
+    assert "loose" not in METHODS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graft
-from graft.core import selection, sparse
+from graft.core import files, selection, sparse
 from graft.core.site import site_for
 from models import llama, move, tokens
 
@@ -125,3 +125,40 @@ def test_random_choices_overlap_by_the_square_of_their_density():
     picks = [graft.attach(copy.deepcopy(host), "shira", "0", density=0.1, seed=s).deltas["0"].index for s in (0, 1)]
     both = torch.isin(*picks).sum().item() / 60_000
     assert abs(both - 0.01) < 4 * (0.01 * 0.99 / 60_000) ** 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.data(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_bound_is_exceeded_by_as_many_as_asked_where_none_are_equal(size, data, dtype):
+    values = torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(dtype).view(1, -1)
+    count = data.draw(st.integers(0, size))
+    bound = sparse.exceeded_by(values, torch.tensor(count))
+    assert bound.dtype == dtype and (values > bound).sum() == count
+    assert count == size or bound in values
+
+
+@pytest.mark.parametrize("method", ["shira", "apet"])
+def test_drawn_positions_are_not_saved_and_come_back(method, tmp_path):
+    model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 300))
+    adapter = move(graft.attach(model, method, ["0", "1"], seed=7), 0.5)
+    x, places = torch.randn(3, 300), {path: d.index for path, d in adapter.deltas.items()}
+    y, trained = model(x), sum(d.value.nbytes for d in adapter.deltas.values())
+    adapter.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 1.1 * trained
+    adapter.detach()
+    again = graft.load(model, tmp_path / "adapter")
+    assert all(torch.equal(d.index, places[path]) for path, d in again.deltas.items())
+    assert torch.equal(model(x), y)
+    assert len({*map(tuple, (d.index.tolist() for d in again.deltas.values()))}) == 2  # each site has its own
+
+
+@pytest.mark.parametrize("method", ["shira", "apet"])
+def test_positions_that_a_file_holds_are_kept(method):
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter = move(graft.attach(model, method, "0", **SPARSE[method] | ({"parameters": 3} if method == "apet" else {})))
+    saved = files.content(adapter)
+    saved.tensors["0:index"] = torch.arange(len(saved.tensors["0:value"]))
+    built = files.build(model, saved, "other")
+    built.load_state_dict(saved.tensors)
+    assert torch.equal(built.deltas["0"].index, saved.tensors["0:index"].int())
+    assert files.content(built).tensors.keys() == saved.tensors.keys()

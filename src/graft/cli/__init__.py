@@ -7,6 +7,7 @@ a function `options(args)` that gives the further ones. Heavy imports stand insi
 
 import importlib
 import inspect
+import logging
 import pkgutil
 import sys
 import warnings
@@ -35,6 +36,8 @@ def run(args: Sequence[str]) -> int:
     shown = warnings.showwarning
     if not debug:
         warnings.showwarning = _warn
+        for name in ("torchao", "torch.utils._pytree"):  # torchao, once installed, complains in every command
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return _program(args)(args, prog_name="graft", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

@@ -128,7 +128,7 @@ def compare(
     """
     begun, folder = time.monotonic(), Path(output).expanduser()
     time_for_all = None if budget is None else budgets.seconds(budget)
-    made = _task(data, folder, {"validation": validation, "test": test, "columns": columns})
+    made = task_of(data, folder, {"validation": validation, "test": test, "columns": columns})
     rest = [size for size in sizes if not 0 < size <= len(made.rows("train"))]
     if rest:
         raise GraftError(f"sizes={rest[0]}: the train split of {made.name} has {len(made.rows('train'))} rows")
@@ -185,7 +185,7 @@ def compare(
     return result
 
 
-def _task(data: Any, folder: Path, knobs: Mapping[str, Any]) -> tasks.Task:
+def task_of(data: Any, folder: Path, knobs: Mapping[str, Any]) -> tasks.Task:
     """The task that is named, or one of the user's data; a list is written into the folder, for the other processes."""
     if isinstance(data, tasks.Task):
         return data

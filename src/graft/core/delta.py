@@ -71,7 +71,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     place = "forward"  # which function of the host it wraps: its forward, or its attention "product"
     passes_x = False  # whether its forward calls inner once, on x itself
     stacks_itself = False  # whether it has `stack` and `act_stacked` to serve rows by deltas of their own
-    by_factors = False  # whether rows of a batch are served by `factors`, which cost no more than `act`
+    by_factors = False  # whether rows of a batch are served by `factors`, which cost no more than `act`; it passes x
     small: dict = {}  # hyperparameters for a tiny host: used by tests and examples
     peft: Any = None  # how Hugging Face PEFT stores it, see peft.py, or why it is not exchanged
     ups: tuple[str, ...] = ()  # of its own tensors those that LoRA+ trains faster: the factors that lead to the output
@@ -82,6 +82,8 @@ class Delta(nn.Module, metaclass=_MethodType):
 
     def __init_subclass__(cls, name: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
+        if cls.by_factors and not (cls.passes_x and cls.factors is not Delta.factors):
+            raise GraftError(f"{cls.__name__}: by_factors = True also needs passes_x = True and factors of its own")
         if name:
             cls.name = name
             METHODS[name] = cls

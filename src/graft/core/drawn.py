@@ -13,11 +13,24 @@ from torch import Tensor
 
 def uniform(shape: tuple[int, ...], bound: float, seed: int, stream: int) -> Tensor:
     """float32 numbers between -bound and bound; another `stream` of the same seed is independent of it."""
-    count = math.prod(shape)
-    start = _mixed(_mixed(torch.tensor([_signed(seed)])) + stream)
-    z = _mixed(start + torch.arange(1, count + 1) * _signed(0x9E3779B97F4A7C15))
-    odd = 2 * _shifted(z, 40) + 1 - 2**24  # whole numbers that float32 holds exactly
+    odd = 2 * _shifted(_words(0, math.prod(shape), seed, stream), 40) + 1 - 2**24  # whole, which float32 holds exactly
     return (odd.to(torch.float32) * 2**-24 * bound).view(shape)
+
+
+def subset(count: int, size: int, seed: int, stream: int) -> Tensor:
+    """`count` different whole numbers from 0 to `size` - 1, rising; all sets of so many are equally likely."""
+    few, done = min(count, size - count), 0  # of more than half those are drawn that are left out
+    found = torch.zeros(0, dtype=torch.long)
+    while (lacking := few - len(found)) > 0:
+        new = _shifted(_words(done, lacking, seed, stream), 1) % size
+        found, done = torch.cat([found, new]).unique(), done + lacking
+    return found if few == count else torch.ones(size, dtype=torch.bool).index_fill_(0, found, False).nonzero()[:, 0]
+
+
+def _words(first: int, count: int, seed: int, stream: int) -> Tensor:
+    """Random words of 64 bits, numbers first to first + count - 1 of the stream, as int64."""
+    start = _mixed(_mixed(torch.tensor([_signed(seed)])) + stream)
+    return _mixed(start + torch.arange(first + 1, first + count + 1) * _signed(0x9E3779B97F4A7C15))
 
 
 def _mixed(z: Tensor) -> Tensor:

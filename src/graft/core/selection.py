@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .drawn import subset
 from .errors import GraftError
 
 
@@ -98,15 +99,15 @@ def allotted(site) -> Tensor:
     return torch.zeros(len(site.saved.get("index", ())), dtype=torch.long)
 
 
-def allot_at_random(sites: list, keep: int, hypers: dict[str, dict]) -> dict[str, dict]:
-    """`allot` for `keep` entries drawn at random: memory in proportion to their number."""
+def share_at_random(sites: list, keep: int, hypers: dict[str, dict]) -> dict[str, dict]:
+    """The plan of the sites that get some of `keep` entries of all, drawn at random: how many, `stats["count"]`."""
     sizes = [s.d_out * s.d_in for s in sites]
     if keep > sum(sizes):
         raise GraftError(f"{keep:,} entries cannot be chosen of the {sum(sizes):,} that the targets have")
-    found = torch.zeros(0, dtype=torch.long)
-    while len(found) < keep:
-        found = torch.cat([found, torch.randint(sum(sizes), (keep - len(found),))]).unique()
-    return give(sites, _divided(found, sizes), hypers)
+    parts = _divided(subset(keep, sum(sizes), torch.initial_seed(), 0), sizes)
+    for site, part in zip(sites, parts):
+        site.stats = site.stats | {"count": len(part)}
+    return {site.path: hypers[site.path] for site, part in zip(sites, parts) if len(part)}
 
 
 def give(sites: list, entries: list[Tensor], hypers: dict[str, dict]) -> dict[str, dict]:

@@ -18,11 +18,11 @@ RATES = (1e-3, 3e-3, 1e-2)
 # parameters at once smaller ones.
 OTHER_RATES: dict[str, tuple[float, ...]] = {
     "full-fine-tuning": (1e-4, 3e-4, 1e-3, 3e-3),
-    "linear-probe": (3e-3, 1e-2, 3e-2),
-    "ia3": (3e-3, 1e-2, 3e-2),
+    "linear-probe": (1e-2, 3e-2, 1e-1),
+    "ia3": (1e-2, 3e-2, 1e-1),
     "bitfit": (3e-3, 1e-2, 3e-2),
     "ln_tuning": (3e-3, 1e-2, 3e-2),
-    "prompt_tuning": (1e-2, 3e-2, 1e-1),
+    "prompt_tuning": (3e-2, 1e-1, 3e-1),
 }
 METHODS = ("full-fine-tuning", "lora", "dora", "ia3", "houlsby", "prompt_tuning", "bitfit", "ln_tuning")
 

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.resources
 import inspect
 import json
 import pkgutil
@@ -26,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
+from .. import evidence
 from ..core.errors import GraftError
 from ..core.hyper import Hyper, Range, check, hyperparameters
 from .metrics import exact_match
@@ -255,7 +255,7 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "digest": cls.digest,
         "splits": cls.splits,
         "reference": asdict(cls.reference),
-        "references": _references().get(cls.name, []),
+        "references": evidence.of(cls.name),
         "knobs": [described(h) for h in hyperparameters(cls).values()],
     }
 
@@ -272,12 +272,6 @@ def card(made: Task, examples: int = 2) -> dict[str, Any]:
         "baseline": made.baseline(),
         "fingerprint": made.fingerprint(),
     }
-
-
-@functools.cache
-def _references() -> dict[str, list[dict[str, Any]]]:
-    """What full fine-tuning, a linear probe and the untrained base get, by task: from the records of reference runs."""
-    return json.loads(importlib.resources.files(__name__).joinpath("references.json").read_text(encoding="utf-8"))
 
 
 @functools.cache

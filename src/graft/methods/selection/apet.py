@@ -13,7 +13,8 @@ class APET(Entries, name="apet"):
 
     `value` [k], zero at first, lies at the flat positions `index` [k] in W [out, in]. The arbitrary module: any number
     of parameters at any positions, however the matrices are divided. It is the baseline for every other choice, and
-    with numbers from one on a meter of how few a task takes.
+    with numbers from one on a meter of how few a task takes. The positions come from the adapter's seed, and are not
+    saved.
 
     From the abstract of the paper, first called "Arbitrary Few Parameters are Good Enough for Adapting Large-scale
     Pre-trained Language Models"; its full text could not be read.
@@ -35,9 +36,9 @@ class APET(Entries, name="apet"):
 
     @classmethod
     def plan(cls, sites, hypers):
-        return selection.allot_at_random(sites, max(one["parameters"] for one in hypers.values()), hypers)
+        return selection.share_at_random(sites, max(one["parameters"] for one in hypers.values()), hypers)
 
     def __init__(
         self, site, *, parameters: Annotated[int, "trained entries of all matrices together", Range(1)] = 10_000
     ):
-        super().__init__(site)
+        super().__init__(site, drawn=site.stats["count"] if site.saved is None else len(site.saved.get("value", ())))

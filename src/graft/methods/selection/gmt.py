@@ -6,6 +6,7 @@ import torch
 
 from ...core.delta import Paper
 from ...core.hyper import Range
+from ...core.sparse import exceeded_by
 from ..weight.full import Full
 
 
@@ -51,6 +52,6 @@ class GMT(Full, name="gmt"):
         for delta in deltas:
             for p in delta.copy.parameters():
                 if p.grad is not None:
-                    size = p.grad.abs().flatten()
-                    drop = size.topk(len(size) - max(1, round(delta.density * len(size))), largest=False).indices
-                    p.grad.view(-1)[drop] = 0
+                    size = p.grad.abs()
+                    keep = max(1, round(delta.density * size.numel()))
+                    p.grad.masked_fill_(size < exceeded_by(size, torch.tensor(keep - 1)), 0)

@@ -48,7 +48,7 @@ class SHiRA(Entries, name="shira"):
     `value` [k], zero at first, lies at the fixed flat positions `index` [k], k = density out in, in rising order,
     chosen by `mask`:
 
-        random     any
+        random     any; they come from the adapter's seed, and are saved only if another file or a sum brought others
         magnitude  the largest |W|
         gradient   the largest |dL/dW| over the batches given to graft.collect
         snip       the largest |W dL/dW| over these batches
@@ -84,7 +84,8 @@ class SHiRA(Entries, name="shira"):
         ] = "random",
     ):
         keep = max(1, round(density * site.d_out * site.d_in))
-        super().__init__(site, lambda: selection.best(_scores(mask, keep, site), keep))
+        pick = lambda: selection.best(_scores(mask, keep, site), keep)
+        super().__init__(site, pick, drawn=keep if mask == "random" else None)
 
 
 def _scores(mask, keep, site):
