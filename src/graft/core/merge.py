@@ -23,17 +23,16 @@ SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warn
 
 
 class Entries(NamedTuple):
-    """Values for entries of a matrix [out, in] in place, and those that are there before."""
+    """Values for entries of a parameter in place, and those that are there before; all [k]."""
 
-    w: Tensor
-    rows: Tensor
-    columns: Tensor
+    flat: Tensor  # the parameter as it lies in memory
+    places: Tensor  # there
     before: Tensor
     after: Tensor  # not rounded
 
     def write(self, values: Tensor) -> None:
         with torch.no_grad():
-            self.w[self.rows, self.columns] = values.to(self.w.dtype)
+            self.flat[self.places] = values.to(self.flat.dtype)
 
 
 @dataclass
@@ -157,14 +156,18 @@ def _entries(host: Any, deltas: list, owners: Counter) -> Entries | None:
     ):
         return None
     w = host.site.weight.detach()
-    if w.untyped_storage().data_ptr() != own.untyped_storage().data_ptr() or w.numel() != own.numel():
-        return None  # what the site shows is computed
+    shown = w.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and w.numel() == own.numel()
+    if not shown or not own.is_contiguous():
+        return None  # what the site shows is computed, or lies apart
     index, values = (torch.cat(parts) for parts in zip(*found))
     index, to = (index, None) if len(found) == 1 else index.unique(return_inverse=True)
-    rows, columns = (index // w.shape[1]).long(), (index % w.shape[1]).long()
-    before = w[rows, columns]
+    places = index.long()
+    if not w.is_contiguous():
+        places = places // w.shape[1] * w.stride(0) + places % w.shape[1] * w.stride(1)
+    flat = own.detach().view(-1)
+    before = flat.index_select(0, places)
     wide = before.to(torch.promote_types(before.dtype, values.dtype))
-    return Entries(w, rows, columns, before, wide + values if to is None else wide.index_add(0, to, values))
+    return Entries(flat, places, before, wide + values if to is None else wide.index_add(0, to, values))
 
 
 def _apart(value: Tensor, own: Tensor) -> Tensor:
