@@ -12,7 +12,7 @@ methods     one file a way to search, found by itself
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -103,12 +103,18 @@ class Softmax(OneShot):
             return net.found(path, [row])
 
 
-def find(name: str) -> type[OneShot]:
-    """The way to search called `name`."""
+def names() -> list[str]:
+    """The ways to search."""
     from . import methods
 
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"{methods.__name__}.{module.name}")
+    return sorted(ONESHOT)
+
+
+def find(name: str) -> type[OneShot]:
+    """The way to search called `name`."""
+    names()
     if name not in ONESHOT:
         raise GraftError(f"no one-shot search is called {name!r}: {nearest(name, ONESHOT)}")
     return ONESHOT[name]
@@ -118,7 +124,7 @@ def search(
     model: str | Path,
     data: Any,
     *,
-    method: Annotated[str, "noah, nfts, glora, darts, tanglenas"] = "noah",
+    method: Annotated[str, "how to search, one of `names()`"] = "noah",
     options: Annotated[Mapping | None, "settings of that method"] = None,
     cap: Annotated[int | None, "trained parameters at most, without heads", Range(1)] = None,
     steps: Annotated[int, "optimizer steps of the supernet", Range(1)] = 300,
@@ -146,18 +152,3 @@ def search(
     objective = choose(training.pop("objective", "auto"), examples, architecture(model)).name
     base = load_base(model, objective=objective, examples=examples, dtype="float32", seed=seed)
     return cls(**given).find(base, examples, Budget(steps, cap, paths, validation, seed, training))
-
-
-def recipes(texts: Sequence[Any]) -> list[Any]:
-    """Options of a mixed delta from recipes, None, "none", or texts such as "lora(rank=4)"."""
-    from ...core.recipe import Recipe
-    from ...runs.contestants import Contestant
-
-    found = []
-    for text in texts:
-        if isinstance(text, str) and text != "none":
-            made = Contestant.of(text)
-            found.append(Recipe.of(made.method, **made.options))
-        else:
-            found.append(None if text == "none" else text)
-    return found

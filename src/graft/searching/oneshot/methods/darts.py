@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from ....core.hyper import Range
-from .. import Softmax, recipes
+from .. import Softmax
 from ..mixed import Space
 from ..supernet import Member, blocks
 
@@ -36,5 +36,5 @@ class DARTS(Softmax):
         self.methods, self.targets, self.aside = methods, targets, aside
 
     def members(self, base):
-        space = Space(recipes(self.methods), blocks(base.model))
+        space = Space(self.methods, blocks(base.model))
         return {"mixed": Member(space, self.targets, "outputs", self.aside)}

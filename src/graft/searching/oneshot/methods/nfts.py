@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from .. import SinglePath, recipes
+from .. import SinglePath
 from ..mixed import Space
 from ..supernet import Member, blocks
 
@@ -16,9 +16,9 @@ class NFTS(SinglePath):
     is nowhere; evolution with the inherited weights follows, and scores these, too, unless nothing at all is trained.
 
     The paper trains the supernet on episodes of many few-shot tasks, keeps several paths that differ, and chooses among
-    them for each new task by its own examples; here one task is given, the supernet is trained on it, and the best path
-    is the answer. Of the paper its abstract, a review of it and the beginning of its text could be read, and no code
-    of it was found: evolution is as in NOAH's code, which it shares its source, Single Path One-Shot, with.
+    them for each new task by its own examples. Here one task is given, the supernet is trained on it, and the best path
+    is the answer. Only the paper's abstract and a review of it could be read, and no code of it was found: evolution
+    is that of NOAH's code; both papers build on Single Path One-Shot.
     """
 
     name = "nfts"
@@ -35,6 +35,6 @@ class NFTS(SinglePath):
     def members(self, base):
         where = blocks(base.model)
         return {
-            "full": Member(Space(recipes([None, "full"]), where), self.fine_tuned),
-            "adapter": Member(Space(recipes([None, self.adapter]), where), self.on),
+            "full": Member(Space([None, "full"], where), self.fine_tuned),
+            "adapter": Member(Space([None, self.adapter], where), self.on),
         }
