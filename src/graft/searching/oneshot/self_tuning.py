@@ -54,7 +54,7 @@ class BestResponse(nn.Module):
     def forward(self, h: Tensor) -> list[Tensor]:
         """w(h)."""
         return [
-            w + (V @ (h - self.start).to(V.dtype)).view(-1, *[1] * (w.dim() - 1)) * other
+            w + (V @ (h - self.start).to(V)).view(-1, *[1] * (w.dim() - 1)) * other
             for w, V, other in zip(self.weights, self.gates, self.others)
         ]
 

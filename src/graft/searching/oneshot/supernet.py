@@ -68,7 +68,7 @@ class Supernet:
     """
 
     def __init__(self, base: Base, members: Mapping[str, Member], seed: int = 0):
-        self.base, self.seed, self.members = base, seed, dict(members)
+        self.base, self.seed = base, seed
         self.adapters: dict[str, Adapter] = {}
         last = list(members)[-1]
         try:
