@@ -18,8 +18,8 @@ class DARTS(Softmax):
     each block keeps its likeliest method.
 
     Do not expect much: the paper found that such a placement does not beat one method in all layers of a speech model,
-    and that the majority vote of models tuned by different methods does (`vote`). Of the paper its abstract and a
-    review of it could be read; the rest is DARTS.
+    and that the majority vote of models tuned by different methods does (`vote`). Of the paper its abstract
+    and summaries of it could be read; the rest is DARTS.
     """
 
     name = "darts"
