@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Run:
 
     def __init__(self, name: str, steps: int):
         torch.manual_seed(0)
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4, vocab_size=1000
         )
         self.model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)).train()

@@ -49,7 +49,7 @@ def adapted(label: str, width: int, folder: Path) -> nn.Sequential:
     return model
 
 
-def switching(model: nn.Module) -> Callable[[], None]:
+def switching(model: nn.Module) -> Callable[[], object]:
     state = {"running": "a", "merged": merged(model, "a")}
 
     def switch():
@@ -65,7 +65,7 @@ def merged(model: nn.Module, name: str):
     return graft.merge(model)
 
 
-def loading(model: nn.Module, folder: Path) -> Callable[[], None]:
+def loading(model: nn.Module, folder: Path) -> Callable[[], object]:
     for adapter in list(graft.adapters(model).values()):
         adapter.detach()
     state = {"adapter": graft.load(model, folder / "a"), "name": "a"}
@@ -81,7 +81,7 @@ def loading(model: nn.Module, folder: Path) -> Callable[[], None]:
     return load
 
 
-def alone(label: str, width: int) -> Callable[[], torch.Tensor]:
+def alone(label: str, width: int) -> Callable[[], object]:
     hyper = CONTESTANTS[label]
     w = torch.randn(width, width)
     if label == "lora":
