@@ -106,12 +106,13 @@ class Delta(nn.Module, metaclass=_MethodType):
     def joins(self, inner, x: Tensor) -> bool:
         """Whether a forward may make its change from W for the call, as a W' or as factors, instead of from x.
 
-        Where `inner` is the host alone with a plain matrix, in single precision or more, so that no change is lost in
-        W', and where tokens are many enough to be worth the passes over W.
+        Where `inner` is the host alone, its own forward and a plain matrix, in single precision or more, so that no
+        change is lost in W', and where tokens are many enough to be worth the passes over W.
         """
         site = self.site
         return (
             isinstance(inner, Host)
+            and site.module.host_forward is None
             and site.kind == "linear"
             and site.plain_in(x)
             and 4 * x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out
