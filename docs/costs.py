@@ -40,7 +40,8 @@ n tokens meet a frozen W [out, in]; its step takes 4 n in out operations, since 
 - **RandLoRA.** Its sum has full rank, so that nearly the same holds; it chooses between the two.
 - **Products with W, entry by entry (HiRA, GLoRA).** No factored form: W' is formed, twice, and dL/dW' takes half of
   the host's operations once more.
-- **SAID, FourierFT.** Dense maps of few numbers onto W: transforms, of W' (SAID) or of the activations (FourierFT).
+- **SAID, FourierFT.** Dense maps of few numbers onto W: W' is made by transforms, twice. SAID's gradient takes dL/dW'
+  and a third one; FourierFT's transforms of x and dL/dy, in which it picks the trained entries.
 - **Full-size training (full, tangent, TAPS, GMT, LISA, ...).** dL/dW takes half of the host's operations, and the
   optimizer's state twice the size of W.
 

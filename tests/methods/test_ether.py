@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import adapted, linear
+from one_layer import acts_as_its_weight, adapted, linear
 
 import graft
 
@@ -72,3 +72,10 @@ def test_the_strength_of_a_reflection_does_not_grow_with_the_step():
 def test_blocks_that_do_not_fit_are_refused(recipe, message):
     with pytest.raises(graft.GraftError, match=message):
         adapted(linear(8, 6), recipe)
+
+
+@settings(max_examples=15, deadline=None)
+@given(bias=st.booleans(), tokens=st.sampled_from([1, 300]), **sizes)
+def test_plus_makes_one_change_of_both_sides_for_many_tokens(blocks, b_in, b_out, seed, bias, tokens):
+    model = adapted(linear(blocks * b_in, blocks * b_out, bias, seed=seed), graft.ETHERPlus(blocks=blocks), seed)
+    acts_as_its_weight(*model, tokens)

@@ -105,3 +105,15 @@ def test_many_tokens_may_meet_a_host_with_other_deltas():
         delta.value.fill_(0.1)
         change = x @ (delta.weight(model[0].weight) - model[0].weight).T
     torch.testing.assert_close(model(x), before + change)
+
+
+@pytest.mark.parametrize("method", ["waveft", "fourierft", "ether_plus"])
+def test_a_forward_that_was_set_on_the_host_runs_for_many_tokens_too(method):
+    """As accelerate sets it, to fetch the weight first."""
+    host, weights = nn.Linear(16, 16), nn.Linear(16, 16)
+    host.forward = lambda x: weights(x)
+    model, _ = adapted(
+        host, graft.core.delta.METHODS[method](**({} if method == "ether_plus" else {"count": 2})), size=0
+    )
+    x = torch.randn(500, 16)
+    torch.testing.assert_close(model(x), weights(x))

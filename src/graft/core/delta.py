@@ -105,14 +105,15 @@ class Delta(nn.Module, metaclass=_MethodType):
         return self.site.apply(x, *prepared)
 
     def joins(self, inner, x: Tensor) -> bool:
-        """Whether a forward may put its change into W, formed for the call, instead of adding a product of its own.
+        """Whether a forward may make its change from W for the call, as a W' or as factors, instead of from x.
 
-        Where `inner` is the host alone with a plain matrix, in single precision or more, so that no change is lost in
-        W', and where tokens are many enough to be worth a W'.
+        Where `inner` is the host alone, its own forward and a plain matrix, in single precision or more, so that no
+        change is lost in W', and where tokens are many enough to be worth the passes over W.
         """
         site = self.site
         return (
             isinstance(inner, Host)
+            and site.module.host_forward is None
             and site.kind == "linear"
             and site.plain_in(x)
             and 4 * x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out

@@ -14,8 +14,9 @@ class ETHERPlus(Turned, name="ether_plus"):
     """W' = G W H, with H [in, in] and G [out, out] of diagonal blocks I - u u^T + v v^T, u and v unit vectors.
 
     u and v [2, blocks, in / blocks] are the `inputs`, those of G [2, blocks, out / blocks] the `outputs`; u is random
-    and v starts at -u, where both blocks are the identity. ||H_i - I||_F <= 2 however far they move. Both sides cost
-    two thin products each, and the bias stays: y' = b + G (f(H x) - b). The blocks are the paper's, see ETHER.
+    and v starts at -u, where both blocks are the identity. ||H_i - I||_F <= 2 however far they move. The bias stays:
+    y' = b + G (f(H x) - b), with two thin products on each side. For many tokens both sides are one change of W of rank
+    4 blocks: with H = I + B A and G = I + D C, W' = W + [G W B, D] [A; C W]. The blocks are the paper's, see ETHER.
     """
 
     papers = (PAPER,)
@@ -48,6 +49,15 @@ class ETHERPlus(Turned, name="ether_plus"):
         C, D = (None, None) if self.outputs is None else _thin(self.outputs)
         b = inner.bias
         return *self.turn(), C, D, None if C is None or b is None else -(C @ b.to(C.dtype))
+
+    def forward(self, inner, x):
+        if self.outputs is None or not self.joins(inner, x):
+            return super().forward(inner, x)
+        w = inner.weight
+        A, B, C, D = (t.to(w.dtype) for t in (*self.turn(), *_thin(self.outputs)))
+        left = w @ B
+        left = torch.cat([left + D @ (C @ left), D], 1)
+        return self.site.add_up(inner(x), self.site.down(x, torch.cat([A, C @ w])), left)
 
     def act(self, inner, x, A, B, C, D, shift):
         y = super().act(inner, x, A, B)
