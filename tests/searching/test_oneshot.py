@@ -82,7 +82,7 @@ def test_a_path_computes_what_its_recipes_do_with_the_same_tensors(kind, seed):
     assert not inherited
     assert count == sum(p.numel() for a in graft.adapters(model).values() for p in a.parameters())
     torch.testing.assert_close(outputs(model), there, rtol=1e-5, atol=1e-6)
-    assert (there - base_outputs).abs().max() > 1e-4
+    assert (there - base_outputs).abs().max() > 1e-5  # ten times what the comparison allows
 
 
 def test_a_step_trains_the_slice_it_drew_and_nothing_else():
