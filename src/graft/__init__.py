@@ -49,6 +49,7 @@ _PUBLIC = {
     "sample": "tuning",
     "generate": "tuning",
     "compare": "comparison",
+    "search": "searching",
     "load_base": "models",
     "save_merged": "models",
 }

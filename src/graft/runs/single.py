@@ -90,6 +90,12 @@ def load(configuration: Configuration, device: str | None = None) -> Base:
     return _loaded(configuration, read(task.rows("train"), columns=columns), {}, device)
 
 
+def recipes(configuration: Configuration) -> list[Recipe]:
+    """The method of a run, or those of its chain."""
+    names, options = configuration.method.split("+"), configuration.options
+    return [Recipe.of(name, **(options if len(names) == 1 else options.get(name, {}))) for name in names]
+
+
 def _performed(configuration: Configuration) -> dict[str, Any]:
     task = tasks.task(configuration.task, **configuration.knobs)
     if configuration.data and configuration.data != task.fingerprint():
@@ -100,9 +106,10 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         training["validation"] = read(subset(task, "validation", configuration.rows), columns=columns)
         training |= {"eval_every": -(-training["steps"] // points), "keep": "last"}
     examples = read(_train_rows(task, configuration.train_rows), columns=columns)
-    base, result, adapter, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
+    base, result, adapters, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
     begun = time.perf_counter()
-    trained = [] if result is None else list(adapter.parameters() if adapter else base.model.parameters())
+    own = [p for adapter in adapters for p in adapter.parameters()]
+    trained = [] if result is None else own or list(base.model.parameters())
     metrics, baseline = {}, {}
     for split in configuration.splits:
         rows = subset(task, split, configuration.rows)
@@ -117,7 +124,7 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         figures["validation"] = _validation_curve(history)
     if configuration.also.get("latency"):
         rows = subset(task, "validation", BATCH)
-        figures["latency"] = _latency(base, adapter, read(ask(rows, columns), columns=columns))
+        figures["latency"] = _latency(base, bool(adapters), read(ask(rows, columns), columns=columns))
     if other := configuration.also.get("forgetting"):
         text = some(other["data"], other["rows"])
         figures["forgetting"] = evaluate(base.model, text, objective="causal-lm", processor=base.processor)["loss"]
@@ -126,7 +133,7 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         "baseline": baseline,
         "curve": [[r["step"], float(f"{r['loss']:.6g}")] for r in steps],
         "parameters": sum(p.numel() for p in trained),
-        "adapter_bytes": _saved(adapter) if adapter else sum(p.numel() * p.element_size() for p in trained),
+        "adapter_bytes": sum(map(_saved, adapters)) or sum(p.numel() * p.element_size() for p in trained),
         "seconds": seconds,
         "peak_memory": None if result is None else result.peak_memory,
         "figures": figures,
@@ -145,23 +152,22 @@ def _train_rows(task: tasks.Task, count: int | None) -> tasks.Rows:
     return rows.select(sorted(order[:count]))
 
 
-# What is trained: the base, what `fit` said and the adapter, each of them if there is one, and how rows are asked.
+# What is trained: the base, what `fit` said if it was called, the adapters, and how rows are asked.
 
 
 class Trained(NamedTuple):
     base: Base
     result: Result | None = None
-    adapter: Adapter | None = None
+    adapters: Sequence[Adapter] = ()
     ask: Callable[[tasks.Rows, Mapping[str, str] | None], tasks.Rows] = lambda rows, columns: rows
 
 
 def _adapted(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
-    recipe = Recipe.of(configuration.method, **configuration.options)
     done = tune(
-        configuration.base, examples, method=recipe, targets=configuration.targets, dtype=DTYPE,
+        configuration.base, examples, method=recipes(configuration), targets=configuration.targets, dtype=DTYPE,
         seed=configuration.seed, progress=False, **training,
     )  # fmt: skip
-    return Trained(done.base, done.result, done.adapter)
+    return Trained(done.base, done.result, list(done.adapters.values()))
 
 
 def _zero_shot(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
@@ -255,7 +261,7 @@ def _validation_curve(history: Sequence[dict[str, Any]]) -> list[list[float]]:
     return points
 
 
-def _latency(base: Base, adapter: Adapter | None, examples: Examples) -> dict[str, float | None]:
+def _latency(base: Base, adapted: bool, examples: Examples) -> dict[str, float | None]:
     """Seconds of a forward pass over one batch (median), with the adapter beside the base and merged into it."""
     task = choose(base.objective or "auto", examples, base.model)(
         base.model, base.processor, max_length=base.max_length
@@ -272,7 +278,7 @@ def _latency(base: Base, adapter: Adapter | None, examples: Examples) -> dict[st
         return statistics.median(took[1:])  # the first one warms up
 
     found = {"unmerged": seconds(), "merged": None}
-    if adapter is None:
+    if not adapted:
         return found | {"merged": found["unmerged"]}
     with contextlib.suppress(GraftError):  # what is no change of weights
         merged = merge(base.model)
