@@ -32,7 +32,7 @@ class GaussianProcess:
         self.usual = math.log(0.5 * math.sqrt(d))
         start = np.r_[np.full(d, self.usual), 0.0, NOISE, *([math.log(SHRINKAGE)] if sparse else [])]
         bounds = [(-4.0, 6.0)] * d + [(-4.0, 4.0), (math.log(1e-6), 1.0)] + [(-12.0, 4.0)] * sparse
-        found = minimize(self._cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 100})
+        found = minimize(self._cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 50})
         self.lengths, (self.variance, self.noise) = np.exp(found.x[:d]), np.exp(found.x[d : d + 2])
         self.factor = cho_factor(self._matrix()[0], lower=True)
         self.weights = cho_solve(self.factor, self.y)
@@ -59,7 +59,7 @@ class GaussianProcess:
         cost = 0.5 * self.y @ weights + np.log(np.diag(factor[0])).sum()
         outer = inverse - np.outer(weights, weights)  # the gradient by an entry of the matrix is half of it
         slope = self.variance * (5 / 3) * (1 + a) * np.exp(-a)
-        gradient = np.empty_like(at)
+        gradient = np.zeros_like(at)
         gradient[:d] = 0.5 * np.einsum("ij,ijk->k", outer * slope, self.squares) / self.lengths**2
         gradient[d] = 0.5 * (outer * self.variance * _matern(a)).sum()
         gradient[d + 1] = 0.5 * self.noise * np.trace(outer)

@@ -16,7 +16,7 @@ from .outcome import Outcome
 from .searchers import Searcher
 from .space import Point, Space
 
-VAIN = 1000  # points in a row that need no run, after which a searcher is taken to have no other
+VAIN = 500  # points in a row that need no run, after which a searcher is taken to have no other
 
 
 @dataclass

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +20,6 @@ from ..space import Point, Space, key
 
 SEARCHERS: dict[str, type["Searcher"]] = {}
 ALL = 4096  # points of a space that are looked at one by one
-DRAWN = 512  # that are looked at where there are more
 
 
 class Searcher(ABC):
@@ -33,7 +33,6 @@ class Searcher(ABC):
 
     name: ClassVar[str]
     most: ClassVar[int | None] = None  # objectives that it can take
-    extra: ClassVar[str | None] = None  # of the installation
 
     def __init__(self, space: Space, *, seed: int = 0, objectives: int = 1, limits: tuple[str, ...] = ()):
         if self.most is not None and objectives > self.most:
@@ -61,8 +60,10 @@ class Searcher(ABC):
 class Remembering(Searcher):
     """A searcher that asks for nothing twice: it keeps what it was told in `told`, what it waits for in `waiting`.
 
-    A file says with `propose` which of some points that are new comes next.
+    A file says with `propose` which of some points that are new comes next: of all, or of as many as `look` says.
     """
+
+    look: ClassVar[int] = 512
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -98,8 +99,12 @@ class Remembering(Searcher):
         if self.all is not None:
             points = [self.all[i] for i in self.rng.permutation(len(self.all))]
         else:
-            points = [self.space.random(self.rng) for _ in range(DRAWN)]
-            points += [self.space.near(p, self.rng, 0.1) for p in self.origins() for _ in range(DRAWN // 8)]
+            points = [self.space.random(self.rng) for _ in range(self.look)]
+            points += [self.space.near(p, self.rng, 0.1) for p in self.origins() for _ in range(self.look // 8)]
+        return self.fresh(points)
+
+    def fresh(self, points: Iterable[Point]) -> list[Point]:
+        """Those not asked for yet, each once."""
         return list({k: p for p in points if (k := key(p)) not in self.seen}.values())
 
 

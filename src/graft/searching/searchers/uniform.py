@@ -11,3 +11,4 @@ class Random(Remembering):
     """
 
     name = "random"
+    look = 8  # some of them may be known
