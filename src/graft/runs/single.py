@@ -39,11 +39,14 @@ SHOTS = 4  # answered examples in the context, at most
 BATCH, PASSES = 8, 6  # examples of a batch whose forward pass is timed, and how often
 
 
-def perform(configuration: Configuration) -> Record:
-    """Train what the configuration says and measure it. A run that cannot be made gives a record with the reason."""
+def perform(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None = None) -> Record:
+    """Train what the configuration says and measure it. A run that cannot be made gives a record with the reason.
+
+    `watch` is called with each entry of the history of the training (see `graft.fit`).
+    """
     begun = time.perf_counter()
     try:
-        found = _performed(configuration)
+        found = _performed(configuration, watch)
     except Exception as error:
         traceback.print_exc()
         return failed(configuration, _reason(error), time.perf_counter() - begun)
@@ -96,11 +99,11 @@ def recipes(configuration: Configuration) -> list[Recipe]:
     return [Recipe.of(name, **(options if len(names) == 1 else options.get(name, {}))) for name in names]
 
 
-def _performed(configuration: Configuration) -> dict[str, Any]:
+def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None) -> dict[str, Any]:
     task = tasks.task(configuration.task, **configuration.knobs)
     if configuration.data and configuration.data != task.fingerprint():
         raise GraftError(f"the data of {task.name} are not those that the run was planned with: plan it anew")
-    training = dict(configuration.training)
+    training = {**configuration.training, "watch": watch}
     columns = training.pop("columns", None)
     if points := configuration.also.get("points"):
         training["validation"] = read(subset(task, "validation", configuration.rows), columns=columns)

@@ -38,6 +38,7 @@ from .space import Space
 from .study import Study, Trial
 
 PLAN = "search.json"
+POINTS = 8  # of the validation loss of a run that a scheduler looks at
 SPACE = ("lora(rank=2|4|8|16|32) on all-linear|attention|mlp", "dora(rank=2|4|8|16|32)", "pfeiffer(size=8|16|32|64)",
          "ia3", "bitfit")  # fmt: skip
 
@@ -94,6 +95,9 @@ def search(
     validation: Annotated[Any, "own data: other data to choose by, or the share to hold out"] = 0.1,
     test: Annotated[Any, "own data: other data to measure on, or the share to hold out"] = 0.1,
     columns: Annotated[Mapping | None, "own data: {name that is needed: name in the data}"] = None,
+    engine: Annotated[str, "where the runs are made: local, or ray"] = "local",
+    scheduler: Annotated[str | None, "with ray: asha or hyperband, which stop bad runs early"] = None,
+    address: Annotated[str | None, "with ray: of a cluster, such as auto; by default this machine alone"] = None,
     output: Annotated[str | Path, "folder of the records, the results and the report"] = "runs/search",
     resume: Annotated[bool, "go on with the search in that folder: no run is made twice"] = False,
     jobs: Annotated[int, "runs at a time, each in a process of its own", Range(1)] = 1,
@@ -128,10 +132,15 @@ def search(
         made, method=["lora"], base=str(model), seed=seeds[0], learning_rates=[1e-3], steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
     )[0][0]  # fmt: skip
+    where, given = engines.find(engine), {k: v for k, v in (("scheduler", scheduler), ("address", address)) if v}
+    if given and engine == "local":
+        raise GraftError(f"{next(iter(given))} is for the engine ray: add engine=ray")
+    if scheduler:
+        common = replace(common, also={"points": POINTS})
     settings = plain({
         "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data, "space": list(space),
         "domains": domains, "searcher": kind.name, "objective": names, "at_most": within, "seeds": list(seeds),
-        "rows": common.rows, "training": {k: v for k, v in common.training.items() if k not in domains},
+        "rows": common.rows, "also": common.also, "training": {k: v for k, v in common.training.items() if k not in domains},
     })  # fmt: skip
     if plan.known(folder / PLAN, settings, resume=resume) is None:
         plan.write(folder / PLAN, {"settings": settings})
@@ -147,7 +156,7 @@ def search(
         if time_for_all is not None:
             study.expected = _cost(study, store, time_for_all, live, options)
         live.expect("search", [])
-        engines.find("local")(study, store, tell=live.tell if progress else False, **options)
+        where(study, store, tell=live.tell if progress else False, **options, **given)
         chosen = _chosen(study)
         last = [c for t in chosen if t.configuration for c in final(t.configuration, seeds)]
         live.expect("seeds", last)

@@ -21,13 +21,13 @@ class AutoPEFT(Modelled):
         sum_i (E max(a_i+1 - f, 0) - E max(a_i - f, 0)) E max(b_i - g, 0),
 
     with a_0 = -inf, and the reference point as last a and first b. The front is that of the models' means at the points
-    that were tried, for what was measured is noisy. The paper's space, serial and parallel adapters and prefixes of some
-    sizes with a switch for every layer, is the text
+    that were tried, for what was measured is noisy. A space as the paper's, with serial and parallel adapters and
+    prefixes of some sizes and a switch for every layer, is the text
 
         pfeiffer(size=0|6|24|96)+parallel_adapter(size=0|6|24|96)+prefix_tuning(length=0|1|8|64) in any blocks
 
-    The paper samples the length scales (SAAS) and uses the noisy expected improvement of qNEHVI by sampling; here the
-    length scales are the likeliest ones, and the expectation is exact.
+    The paper samples the length scales (SAAS) and takes the noisy expected improvement of the hypervolume by sampling;
+    here the length scales are the likeliest ones, and the expectation is exact.
 
     AutoPEFT: Automatic Configuration Search for Parameter-Efficient Fine-Tuning. Zhou et al., 2024.
     https://arxiv.org/abs/2301.12132

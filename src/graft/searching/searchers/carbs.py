@@ -23,9 +23,9 @@ class CARBS(Modelled):
     and bad points from counting; and P from a model of which runs failed. Candidates are normal about points of the
     front, of deviation 0.3 in each dimension.
 
-    From the paper's code: the radius, the share of 0.2, 100 candidates a dimension. Not taken over: that every fifth run
-    is one of the front again with another seed, its search beyond the bounds of the space, and its transform of the
-    losses to normal quantiles.
+    From the paper's code: the radius, the share of 0.2, 100 candidates a dimension. Not taken over: that every fifth
+    run is one of the front again, the search beyond the bounds of the space, the transform of the losses to normal
+    quantiles, and the exploration bias.
 
     Tune As You Scale: Hyperparameter Optimization For Compute Efficient Training. Fetterman et al., 2023.
     https://arxiv.org/abs/2306.08055

@@ -23,7 +23,8 @@ class _Optuna(Searcher):
         self.optuna, self.trials = optuna, dict[str, list[Any]]()
         options = {"constraints_func": _constraints} if self.limits else {}
         sampler = getattr(optuna.samplers, self.sampler)(seed=self.seed, **options)
-        self.study = optuna.create_study(directions=["minimize"] * self.objectives, sampler=sampler)
+        directions: list[Any] = ["minimize"] * self.objectives
+        self.study = optuna.create_study(directions=directions, sampler=sampler)
 
     def ask(self) -> Point | None:
         trial = self.study.ask()
