@@ -74,7 +74,7 @@ def search(
         "methods with what to try of each: lora(rank=4|8|16), lora(rank=4:64) on attention|mlp, "
         "lora(rank=0|4|8 per block)",
     ] = SPACE,
-    learning_rate: Annotated[str, "what to try: 1e-4:1e-2, or 1e-3|3e-3"] = "3e-4:3e-2",
+    learning_rate: Annotated[float | str, "what to try: 1e-4:1e-2, or 1e-3|3e-3"] = "3e-4:3e-2",
     schedule: Annotated[str, "what to try: linear, or linear|cosine|wsd"] = "linear",
     searcher: Annotated[
         str | None, "which point comes next; by default config, for several objectives autopeft"
@@ -140,7 +140,8 @@ def search(
     settings = plain({
         "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data, "space": list(space),
         "domains": domains, "searcher": kind.name, "objective": names, "at_most": within, "seeds": list(seeds),
-        "rows": common.rows, "also": common.also, "training": {k: v for k, v in common.training.items() if k not in domains},
+        "rows": common.rows, "also": common.also,
+        "training": {k: v for k, v in common.training.items() if k not in domains},
     })  # fmt: skip
     if plan.known(folder / PLAN, settings, resume=resume) is None:
         plan.write(folder / PLAN, {"settings": settings})

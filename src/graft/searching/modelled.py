@@ -6,7 +6,7 @@ from .gaussian import GaussianProcess
 from .searchers import Remembering
 from .space import Point
 
-FIRST = 6  # points drawn evenly before there is a model
+FIRST = 4  # points drawn before there is a model
 
 
 class Modelled(Remembering):

@@ -143,7 +143,7 @@ class Space:
         self.dimensions |= {name: Dimension(domain) for name, domain in training.items()}
 
     @classmethod
-    def of(cls, texts: Sequence[str], training: Mapping[str, str], model: Any = None) -> "Space":
+    def of(cls, texts: Sequence[str], training: Mapping[str, Any], model: Any = None) -> "Space":
         """From texts as above; `model` is looked at where values are by block."""
         texts = [texts] if isinstance(texts, str) else texts
         found = [_alternative(text) for text in texts]
@@ -354,7 +354,7 @@ def _hyper(value: str, cls: Any, option: str, text: str) -> Domain | Spread:
     return Spread(domain, int(form[2] or 1)) if form[1] != value else domain
 
 
-def _domain(text: str, where: str) -> Domain:
+def _domain(text: Any, where: str) -> Domain:
     parts = _split(str(text), "|")
     if not parts:
         raise GraftError(f"{where}: there are no values, such as 4|8 or 1e-4:1e-2")

@@ -20,6 +20,7 @@ from ..space import Point, Space, key
 
 SEARCHERS: dict[str, type["Searcher"]] = {}
 ALL = 4096  # points of a space that are looked at one by one
+FEW = 8  # draws, of which one is hoped to be new
 
 
 class Searcher(ABC):
@@ -95,12 +96,12 @@ class Remembering(Searcher):
         self.told.append((point, outcome))
 
     def new(self) -> list[Point]:
-        """Points not asked for yet, in an order that is drawn: all, or some of them."""
-        if self.all is not None:
-            points = [self.all[i] for i in self.rng.permutation(len(self.all))]
-        else:
-            points = [self.space.random(self.rng) for _ in range(self.look)]
+        """Points not asked for yet, all or some of them; the first ones drawn value by value."""
+        points = [self.space.random(self.rng) for _ in range(self.look if self.all is None else FEW)]
+        if self.all is None:
             points += [self.space.near(p, self.rng, 0.1) for p in self.origins() for _ in range(self.look // 8)]
+        else:
+            points += [self.all[i] for i in self.rng.permutation(len(self.all))]
         return self.fresh(points)
 
     def fresh(self, points: Iterable[Point]) -> list[Point]:

@@ -16,9 +16,9 @@ class Config(Modelled):
 
         min over x of m_f(x) - w s_f(x)   where   m_g(x) - w s_g(x) <= 0 for every limit g
 
-    with mean m and deviation s of a Gaussian process for the loss f and for each g = log(value / limit), and w = 2. The
-    paper lets w grow as its bound of the regret needs it. Where no point may keep to the limits, though it were w = 3,
-    the verdict is that none does. Without limits this is GP-LCB.
+    with mean m and deviation s of a Gaussian process for the loss f and for each g = log(value / limit), and w = 2 (the
+    paper's code has 3 unless told otherwise). Where no point may keep to the limits, though it were w = 3, the verdict
+    is that none does. Without limits this is GP-LCB.
 
     Constrained Efficient Global Optimization of Expensive Black-box Functions. Xu et al., 2023.
     https://arxiv.org/abs/2211.00162

@@ -1,6 +1,6 @@
 """Random search."""
 
-from . import Remembering
+from . import FEW, Remembering
 
 
 class Random(Remembering):
@@ -11,4 +11,4 @@ class Random(Remembering):
     """
 
     name = "random"
-    look = 8  # some of them may be known
+    look = FEW
