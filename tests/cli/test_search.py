@@ -27,7 +27,7 @@ def here(monkeypatch):
 def test_a_search_is_made_shown_and_gone_on_with(graft, house, tmp_path, here):
     (tmp_path / "recipe.yaml").write_text("space: ['lora(rank=1|2)', ia3]\nlearning-rate: 1e-2\nsteps: 2\ntrials: 9\n")
     command = ("search", "--model", house / "llama", "--data", FACTS, "--recipe", tmp_path / "recipe.yaml",
-               "--trials", "3", "--seeds", "0,1", "--batch-size", "4", "--rows", "4", "--objective", "loss,parameters",
+               "--trials", "4", "--seeds", "0,1", "--batch-size", "4", "--rows", "4", "--objective", "loss,parameters",
                "--output", tmp_path / "out")  # fmt: skip
     done = graft(*command)
     assert done.code == 0, done.err
