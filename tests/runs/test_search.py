@@ -7,6 +7,7 @@ import pytest
 import graft
 from graft.core.errors import GraftError
 from graft.runs.store import Store
+from graft.searching.study import Study
 
 SMALL = dict(steps=2, batch_size=4, rows=6, validation=0.25, test=0.25, seeds=(0, 1), progress=False)
 SPACE = ["lora(rank=1|2|4) on attention|mlp", "bitfit"]
@@ -93,6 +94,15 @@ def test_the_time_is_kept_and_what_one_run_costs_is_said(bases, reviews, here, t
     with pytest.raises(GraftError, match=said):
         graft.search(bases / "bert", reviews, **given | {"steps": 10**6}, budget="1s", output=tmp_path / "out")
     assert len(here) == 1
+    found = graft.search(
+        bases / "bert", reviews, **given | {"steps": 12}, budget="1h", trials=2, output=tmp_path / "enough"
+    )
+    assert [c.training["steps"] for c in here[1:]] == [8, 12, 12, 12] and len(found.rows) == 2
+    study = Study(None, None, None, None, ("loss",), at_most=None, seconds=100.0, reserved=3, jobs=1)  # type: ignore
+    study.expected = 20.0  # one run and three at the end are 80 s of the 90 that are planned with
+    assert not study.over()
+    study.spent = 11.0
+    assert study.over()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def search(
         "not started": states.count("refused"),
         "failed": states.count("failed"),
         "ended because": found.verdict,
-        "judged by": "the validation loss: the task has no metric" if metrics == ["loss"] else found.objective,
+        "judged by": found.objective,
+        "quality": "the validation loss, since the task has no metric" if metrics == ["loss"] else metrics[0],
         "report": str(page),
     }
     print_facts(facts)

@@ -25,6 +25,7 @@ FIGURES = {
     "seconds": ("time of training (s)", 1.0, "{:,.1f}"),
     "saved": ("saved (KiB)", 2.0**10, "{:,.0f}"),
 }
+WORDS = ("configuration", "targets", "")  # heads of columns of text
 
 
 def write(found: "Search") -> None:
@@ -105,12 +106,14 @@ def _plots(found: "Search", metric: str) -> str:
 
 
 def _trials(found: "Search", metric: str) -> str:
-    head = ["trial", "configuration", "point", *(_called(f, metric) for f in FIGURES), ""]
+    figures = [f for f in FIGURES if (f, metric) != ("quality", "loss")]
+    head = ["trial", "configuration", *(_called(f, metric) for f in figures), "", "point"]
     body = []
     for i, r in enumerate(found.rows, 1):
-        values = ["" if r[f] is None else _number(f, shown(f, r[f], metric)) for f in FIGURES]
-        point = ", ".join(f"{k}={v}" for k, v in r["point"].items() if k != "method")
-        body.append([str(i), r["title"] or "", point, *values, r["reason"] or ""])
+        values = ["" if r[f] is None else _number(f, shown(f, r[f], metric)) for f in figures]
+        label = f"{r['point'].get('method', '')}."
+        point = ", ".join(f"{k.removeprefix(label)}={v}" for k, v in r["point"].items() if k != "method")
+        body.append([str(i), r["title"] or "", *values, r["reason"] or "", point])
     return f"<h2>Trials</h2>\n{_grid(head, body)}"
 
 
@@ -138,14 +141,22 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _targets(targets: Any) -> str:
-    return "" if targets is None else str(targets)
+    if isinstance(targets, Mapping):
+        return "; ".join(f"{name}: {_targets(where)}" for name, where in targets.items())
+    return "" if targets is None else targets if isinstance(targets, str) else ", ".join(map(str, targets))
 
 
 def _spread(value: Mapping[str, Any] | None) -> str:
     return "" if not value else f"{value['mean']:.3f}" + ("" if value["sd"] is None else f" ± {value['sd']:.3f}")
 
 
+def _kind(head: str) -> str:
+    return ' class="words"' if head in WORDS else ""
+
+
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    first = "".join(f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in head)
-    rows = "\n".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in body)
+    first = "".join(f'<th scope="col"{_kind(h)}><button type="button">{escape(h)}</button></th>' for h in head)
+    rows = "\n".join(
+        f"<tr>{''.join(f'<td{_kind(h)}>{escape(c)}</td>' for h, c in zip(head, row))}</tr>" for row in body
+    )
     return f'<div class="wide"><table><thead><tr>{first}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
