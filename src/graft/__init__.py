@@ -52,6 +52,7 @@ _PUBLIC = {
     "compare": "comparison",
     "advise": "advice",
     "rank": "ranking",
+    "search": "searching",
     "load_base": "models",
     "save_merged": "models",
 }

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,7 @@ def here(monkeypatch):
     """Runs in this process instead of others; gives the configurations that were run."""
     made = []
 
-    def run(configurations, folder, *, jobs=1, threads=1, retry=False, progress=True):
+    def run(configurations, folder, *, jobs=1, threads=1, retry=False, progress=True, within=None):
         store = Store(folder)
         for c in configurations:
             if store.get(c) is None:
@@ -43,6 +44,21 @@ def here(monkeypatch):
 
     monkeypatch.setattr(pool, "run", run)
     return made
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """A small file of labelled texts."""
+    words = {"liked": ["good", "great", "lovely"], "disliked": ["bad", "awful", "dull"]}
+    place = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = [
+        {"text": f"the {noun} was {word} {n}", "label": label}
+        for n, noun in enumerate(["film", "book", "story", "plot"])
+        for label, of in words.items()
+        for word in of
+    ]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
 
 
 @pytest.fixture

@@ -13,19 +13,6 @@ WORDS = {"liked": ["good", "great", "lovely"], "disliked": ["bad", "awful", "dul
 SMALL = dict(seeds=(0, 1), learning_rates=(1e-3, 1e-2), steps=3, batch_size=4, rows=6, progress=False)
 
 
-@pytest.fixture(scope="session")
-def reviews(tmp_path_factory):
-    place = tmp_path_factory.mktemp("data") / "reviews.jsonl"
-    rows = [
-        {"text": f"the {noun} was {word} {n}", "label": label}
-        for n, noun in enumerate(["film", "book", "story", "plot"])
-        for label, words in WORDS.items()
-        for word in words
-    ]
-    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
-
-
 def test_own_data_are_compared_under_one_protocol_and_nothing_is_made_twice(bases, reviews, here, tmp_path):
     given = {
         **SMALL,

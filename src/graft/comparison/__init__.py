@@ -30,7 +30,7 @@ from ..core.recipe import Recipe
 from ..core.site import site_for
 from ..core.targets import resolve
 from ..models import Base, load_base
-from ..runs import contestants, pool
+from ..runs import contestants, plan, pool
 from ..runs.configuration import Configuration
 from ..runs.contestants import Contestant
 from ..runs.reference import chosen, final, tuning
@@ -42,7 +42,7 @@ from . import budget as budgets
 from . import outcome, report
 from .live import Live
 
-PLAN, FORMAT = "comparison.json", 1
+PLAN = "comparison.json"
 POINTS = 8  # of the curve of the validation loss
 FORGETTING_ROWS = 64
 
@@ -142,13 +142,13 @@ def compare(
         made, method=names, base=str(model), seed=seeds[0], learning_rates=learning_rates, steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
     )  # fmt: skip
-    plans = [[replace(c, splits=("train", "validation")) for c in plan] for plan in plans]
+    plans = [[replace(c, splits=("train", "validation")) for c in of] for of in plans]
     settings = plain({
         "model": str(model), "task": made.name, "knobs": plans[0][0].knobs, "data": plans[0][0].data, "methods": names,
         "budget": budget, "steps": steps, "seeds": list(seeds), "learning_rates": learning_rates, "sizes": list(sizes),
         "target": target, "also": also, "rows": plans[0][0].rows, "training": plans[0][0].training,
     })  # fmt: skip
-    known = _known(folder, settings, resume)
+    known = plan.known(folder / PLAN, settings, resume=resume)
     store, live = folder / "runs", Live(enabled=progress)
     options: dict[str, Any] = {
         "jobs": jobs, "threads": threads, "retry": retry, "progress": live.tell if progress else False
@@ -162,11 +162,11 @@ def compare(
                 )
                 unfit |= failed
             known = {"settings": settings, "steps": count, "unfit": unfit}
-            disk.replace(folder / PLAN, f"{json.dumps({'format': FORMAT, **known}, indent=1)}\n".encode())
+            plan.write(folder / PLAN, known)
         unfit = known["unfit"]
-        plans = [[_with(c, steps=known["steps"]) for c in plan] for plan in plans if _name(plan[0]) not in unfit]
-        live.expect("learning rates", [c for plan in plans for c in plan])
-        tried = pool.run([c for plan in plans for c in plan], store, **options)
+        plans = [[_with(c, steps=known["steps"]) for c in of] for of in plans if _name(of[0]) not in unfit]
+        live.expect("learning rates", [c for of in plans for c in of])
+        tried = pool.run([c for of in plans for c in of], store, **options)
         last = [c for best in chosen(plans, tried) for c in final(best, seeds, also=also)]
         fewer = [replace(c, train_rows=n, also={}) for n in sizes for c in last if c.method not in UNTRAINED]
         live.expect("seeds", last)
@@ -256,27 +256,6 @@ def _forgetting(asked: str | None, objective: str) -> dict[str, Any] | None:
     name = "task:code" if asked == "auto" else asked
     held = json.dumps(some(name, FORGETTING_ROWS), sort_keys=True, default=str)
     return {"data": name, "rows": FORGETTING_ROWS, "fingerprint": hashlib.sha256(held.encode()).hexdigest()}
-
-
-def _known(folder: Path, settings: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The plan that lies in the folder, if it is of the same comparison."""
-    place = folder / PLAN
-    if not place.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        return None
-    try:
-        found = json.loads(place.read_bytes())
-        other = next((k for k, v in settings.items() if found["settings"][k] != v), None)
-    except (ValueError, KeyError, TypeError):
-        raise GraftError(f"{place} is no plan of a comparison: choose another output") from None
-    if other:
-        raise GraftError(
-            f"{folder} holds a comparison with {other}={found['settings'][other]}, not {settings[other]}: "
-            "choose another output"
-        )
-    if not resume:
-        raise GraftError(f"{folder} holds this comparison already: resume it, or choose another output")
-    return found
 
 
 def _fitting(

@@ -36,7 +36,7 @@ class Live:
             self.display.stop()
 
     def expect(self, phase: str, wanted: Sequence[Configuration]) -> None:
-        """What comes now."""
+        """What comes now; nothing where it is not known yet."""
         self.phase, self.total, self.ended = phase, len(wanted), 0
         for c in wanted:
             self.seen.setdefault(title(c.method, c.options), {})
@@ -63,7 +63,11 @@ class Live:
                 line.setdefault(split, []).append(record.metrics[split][metric])
                 what += f", {metric} {record.metrics[split][metric]:.3f} on {split}"
         if self.enabled and not self.display:
-            print(f"{self.phase}, {self.ended} of {self.total}: {called(c)} {what}", file=sys.stderr, flush=True)
+            print(f"{self.phase}, {self._far()}: {called(c)} {what}", file=sys.stderr, flush=True)
+
+    def _far(self) -> str:
+        """How far it is; of a search it is not known how many there will be."""
+        return f"{self.ended}{f' of {self.total}' if self.total else ''}"
 
     def _show(self) -> None:
         if not self.display:
@@ -71,9 +75,7 @@ class Live:
         from rich.table import Table
 
         now = {title(c.method, c.options) for c in self.running}
-        table = Table(
-            "contestant", "runs", "validation", "test", "", title=f"{self.phase}: {self.ended} of {self.total}"
-        )
+        table = Table("contestant", "runs", "validation", "test", "", title=f"{self.phase}: {self._far()}")
         for name, line in self.seen.items():
             scores = ["  ".join(f"{v:.3f}" for v in line.get(split, [])) for split in ("validation", "test")]
             state = "running" if name in now else f"failed: {line['failed']}" if "failed" in line else ""

@@ -110,16 +110,20 @@ def flat(record: Record) -> dict[str, Any]:
 
 def html(found: "Comparison") -> str:
     """The report as one page."""
-    name = f"{found.settings['model']} on {found.settings['task']}"
+    parts = [_summary(found), _table(found.rows), _plots(found), _sizes(found), _guard(found.rows), _failures(found)]
+    return page("Methods compared", found.settings, [*parts, _protocol(found)])
+
+
+def page(what: str, settings: Mapping[str, Any], parts: Sequence[str]) -> str:
+    """A page that needs nothing but itself, with the model and the task in its heading."""
+    name, body = f"{settings['model']} on {settings['task']}", "\n".join(filter(None, parts))
     style, script = (
         files("graft.comparison").joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js")
     )
-    parts = [_summary(found), _table(found.rows), _plots(found), _sizes(found), _guard(found.rows), _failures(found)]
-    body = "\n".join(filter(None, [*parts, _protocol(found)]))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{style}</style></head><body>\n<h1>Methods compared: {escape(name)}</h1>\n{body}\n"
+        f"<style>\n{style}</style></head><body>\n<h1>{escape(what)}: {escape(name)}</h1>\n{body}\n"
         f"<script>\n{script}</script></body></html>\n"
     )
 

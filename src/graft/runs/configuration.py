@@ -18,9 +18,9 @@ class Configuration:
 
     base      the base model; `weights` its fingerprint, so that other weights under that name are another run
     task      the name of a task, with its `version`, its `knobs` and the fingerprint `data` of its rows
-    method    a method, or one of `graft.runs.single.CONTROLS`
-    options   its hyperparameters
-    targets   modules to adapt; by default what the method is made for
+    method    a method; a chain of them joined by +, innermost first; or one of `graft.runs.single.CONTROLS`
+    options   its hyperparameters; of a chain {method: these}
+    targets   modules to adapt; by default what the method is made for; of a chain {method: these} where they differ
     seed      of what is new in the model and of the order of the data; the task has its own among the knobs
     training  what `graft.fit` takes
     rows      as many rows of a split as are measured at most, drawn by the task's seed

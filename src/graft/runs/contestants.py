@@ -71,17 +71,24 @@ class Contestant:
 
 
 def title(name: str, options: Mapping[str, Any]) -> str:
-    """A method with those of its options that are not the default."""
+    """A method, or a chain of them, with those of its options that are not the default."""
     if name in CONTROLS:
         return name
+    if "+" in name:
+        return "+".join(title(part, options.get(part, {})) for part in name.split("+"))
     known = hyperparameters(method(name))
-    other = [f"{k}={v}" for k, v in options.items() if k not in known or plain(known[k].default) != v]
+    other = [f"{k}={_short(v)}" for k, v in options.items() if k not in known or plain(known[k].default) != v]
     return f"{name}({', '.join(other)})" if other else name
 
 
 def default(classifies: bool) -> Sequence[str]:
     """The reference set: with a linear probe where there are classes, otherwise with the base as it is."""
     return ("linear-probe" if classifies else "zero-shot", *METHODS)
+
+
+def _short(value: Any) -> Any:
+    """Of a table by path its values."""
+    return "|".join(map(str, dict.fromkeys(value.values()))) if isinstance(value, Mapping) else value
 
 
 def _value(text: str, knob: Any) -> Any:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def run(
     threads: int = 1,
     retry: bool = False,
     progress: bool | Tell = True,
+    within: Forks | None = None,
 ) -> list[Record]:
     """The records of the configurations, in their order; those which the folder has not are made.
 
@@ -45,6 +46,7 @@ def run(
     threads   of each of them
     retry     make those again that failed
     progress  show on stderr how far it is; or what to call with the configurations that run, and a record that came
+    within    what `forks` gave, for several calls; the threads are then those
 
     A run that fails, or whose process dies, gives a record with the reason, and the others go on. When this process
     ends, however it does, the others do too; what is not in the folder then is made by the next call.
@@ -52,10 +54,11 @@ def run(
     store, wanted = Store(folder), list(configurations)
     missing = {c.id: c for c in wanted if (r := store.get(c)) is None or (retry and not r.done)}
     waiting, running = list(missing.values()), list[_Child]()
-    with _bar(len(missing), progress) as tell, tempfile.TemporaryDirectory() as place, _forks(threads) as forks:
+    own = nullcontext(within) if within else forks(threads)
+    with _bar(len(missing), progress) as tell, tempfile.TemporaryDirectory() as place, own as source:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), store, forks, Path(place)))
+                running.append(_start(waiting.pop(0), store, source, Path(place)))
                 tell([c.configuration for c in running], None)
             for child in [c for c in running if c.process.poll() is not None]:
                 running.remove(child)
@@ -65,7 +68,8 @@ def run(
     return [record for record in found if record]
 
 
-def _forks(threads: int) -> closing[Forks]:
+def forks(threads: int = 1) -> closing[Forks]:
+    """Where the processes of runs come from; each of them with so many threads."""
     source = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     own = {
@@ -75,9 +79,9 @@ def _forks(threads: int) -> closing[Forks]:
     return closing(Forks(os.environ | own))
 
 
-def _start(configuration: Configuration, store: Store, forks: Forks, place: Path) -> _Child:
+def _start(configuration: Configuration, store: Store, source: Forks, place: Path) -> _Child:
     errors = place / configuration.id
-    process = forks.start(store.folder.absolute(), configuration.plain(), errors)
+    process = source.start(store.folder.absolute(), configuration.plain(), errors)
     return _Child(configuration, process, errors, time.monotonic())
 
 

@@ -39,11 +39,14 @@ SHOTS = 4  # answered examples in the context, at most
 BATCH, PASSES = 8, 6  # examples of a batch whose forward pass is timed, and how often
 
 
-def perform(configuration: Configuration) -> Record:
-    """Train what the configuration says and measure it. A run that cannot be made gives a record with the reason."""
+def perform(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None = None) -> Record:
+    """Train what the configuration says and measure it. A run that cannot be made gives a record with the reason.
+
+    `watch` is called with each entry of the history of the training (see `graft.fit`).
+    """
     begun = time.perf_counter()
     try:
-        found = _performed(configuration)
+        found = _performed(configuration, watch)
     except Exception as error:
         traceback.print_exc()
         return failed(configuration, _reason(error), time.perf_counter() - begun)
@@ -90,19 +93,26 @@ def load(configuration: Configuration, device: str | None = None) -> Base:
     return _loaded(configuration, read(task.rows("train"), columns=columns), {}, device)
 
 
-def _performed(configuration: Configuration) -> dict[str, Any]:
+def recipes(configuration: Configuration) -> list[Recipe]:
+    """The method of a run, or those of its chain."""
+    names, options = configuration.method.split("+"), configuration.options
+    return [Recipe.of(name, **(options if len(names) == 1 else options.get(name, {}))) for name in names]
+
+
+def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None) -> dict[str, Any]:
     task = tasks.task(configuration.task, **configuration.knobs)
     if configuration.data and configuration.data != task.fingerprint():
         raise GraftError(f"the data of {task.name} are not those that the run was planned with: plan it anew")
-    training = dict(configuration.training)
+    training = {**configuration.training, "watch": watch}
     columns = training.pop("columns", None)
     if points := configuration.also.get("points"):
         training["validation"] = read(subset(task, "validation", configuration.rows), columns=columns)
         training |= {"eval_every": -(-training["steps"] // points), "keep": "last"}
     examples = read(_train_rows(task, configuration.train_rows), columns=columns)
-    base, result, adapter, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
+    base, result, adapters, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
     begun = time.perf_counter()
-    trained = [] if result is None else list(adapter.parameters() if adapter else base.model.parameters())
+    own = [p for adapter in adapters for p in adapter.parameters()]
+    trained = [] if result is None else own or list(base.model.parameters())
     metrics, baseline = {}, {}
     for split in configuration.splits:
         rows = subset(task, split, configuration.rows)
@@ -117,7 +127,7 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         figures["validation"] = _validation_curve(history)
     if configuration.also.get("latency"):
         rows = subset(task, "validation", BATCH)
-        figures["latency"] = _latency(base, adapter, read(ask(rows, columns), columns=columns))
+        figures["latency"] = _latency(base, bool(adapters), read(ask(rows, columns), columns=columns))
     if other := configuration.also.get("forgetting"):
         text = some(other["data"], other["rows"])
         figures["forgetting"] = evaluate(base.model, text, objective="causal-lm", processor=base.processor)["loss"]
@@ -126,7 +136,7 @@ def _performed(configuration: Configuration) -> dict[str, Any]:
         "baseline": baseline,
         "curve": [[r["step"], float(f"{r['loss']:.6g}")] for r in steps],
         "parameters": sum(p.numel() for p in trained),
-        "adapter_bytes": _saved(adapter) if adapter else sum(p.numel() * p.element_size() for p in trained),
+        "adapter_bytes": sum(map(_saved, adapters)) or sum(p.numel() * p.element_size() for p in trained),
         "seconds": seconds,
         "peak_memory": None if result is None else result.peak_memory,
         "figures": figures,
@@ -145,23 +155,22 @@ def _train_rows(task: tasks.Task, count: int | None) -> tasks.Rows:
     return rows.select(sorted(order[:count]))
 
 
-# What is trained: the base, what `fit` said and the adapter, each of them if there is one, and how rows are asked.
+# What is trained: the base, what `fit` said if it was called, the adapters, and how rows are asked.
 
 
 class Trained(NamedTuple):
     base: Base
     result: Result | None = None
-    adapter: Adapter | None = None
+    adapters: Sequence[Adapter] = ()
     ask: Callable[[tasks.Rows, Mapping[str, str] | None], tasks.Rows] = lambda rows, columns: rows
 
 
 def _adapted(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
-    recipe = Recipe.of(configuration.method, **configuration.options)
     done = tune(
-        configuration.base, examples, method=recipe, targets=configuration.targets, dtype=DTYPE,
+        configuration.base, examples, method=recipes(configuration), targets=configuration.targets, dtype=DTYPE,
         seed=configuration.seed, progress=False, **training,
     )  # fmt: skip
-    return Trained(done.base, done.result, done.adapter)
+    return Trained(done.base, done.result, list(done.adapters.values()))
 
 
 def _zero_shot(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
@@ -255,7 +264,7 @@ def _validation_curve(history: Sequence[dict[str, Any]]) -> list[list[float]]:
     return points
 
 
-def _latency(base: Base, adapter: Adapter | None, examples: Examples) -> dict[str, float | None]:
+def _latency(base: Base, adapted: bool, examples: Examples) -> dict[str, float | None]:
     """Seconds of a forward pass over one batch (median), with the adapter beside the base and merged into it."""
     task = choose(base.objective or "auto", examples, base.model)(
         base.model, base.processor, max_length=base.max_length
@@ -272,7 +281,7 @@ def _latency(base: Base, adapter: Adapter | None, examples: Examples) -> dict[st
         return statistics.median(took[1:])  # the first one warms up
 
     found = {"unmerged": seconds(), "merged": None}
-    if adapter is None:
+    if not adapted:
         return found | {"merged": found["unmerged"]}
     with contextlib.suppress(GraftError):  # what is no change of weights
         merged = merge(base.model)

@@ -103,6 +103,7 @@ def fit(
     save_every: int | None = None,
     resume: bool | str = "auto",
     trackers: Sequence[Any] = (),
+    watch: Callable[[dict[str, Any]], Any] | None = None,
     progress: bool = True,
 ) -> Result:
     """Train every parameter of `model` that requires a gradient: its adapters and new heads.
@@ -153,6 +154,7 @@ def fit(
     resume                 "auto": go on where an earlier run in `output` stopped, to the same bits as without the stop;
                            True: refuse to begin anew; False: begin anew and remove the earlier run's checkpoints
     trackers               names known to accelerate, such as "tensorboard"
+    watch                  called in the main process with each new entry of `Result.history`
     progress               show how far it is, if it takes longer than 2 seconds
 
     Raises `GraftError` for what cannot be done, for a loss that is not finite (the parameters are then those before the
@@ -258,7 +260,7 @@ def fit(
             resumption.set_tensors(model, saved["tensors"])
             optimizers.restore(tuner.optimizer, saved["optimizer"])
             checkpoints.set_random_state(saved["random"][rank], device)
-        report = Report(accelerator, total, output=run, progress=progress, history=history)
+        report = Report(accelerator, total, output=run, progress=progress, history=history, watch=watch)
         memory, seconds = PeakMemory(device), []
         aside = None
         if apart is not None:

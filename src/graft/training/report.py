@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ EVERY = 30.0  # seconds between two lines where there is no terminal
 class Report:
     """The history of a run, kept in memory, on disk and at the trackers. Only the main process shows and writes."""
 
-    def __init__(self, accelerator: Any, total: int, *, output: Path | None, progress: bool, history: list[dict]):
+    def __init__(
+        self, accelerator: Any, total: int, *, output: Path | None, progress: bool, history: list[dict],
+        watch: Callable[[dict[str, Any]], Any] | None = None,
+    ):  # fmt: skip
         self.main, self.accelerator, self.total = accelerator.is_main_process, accelerator, total
         self.history, self.progress, self.bar = history, progress and self.main, None
         self.begun = self.told = time.monotonic()
+        self.watch = watch if self.main else None
         self.file = None
         if output and self.main:  # a run that goes on from a checkpoint may have written more than it kept
             output.mkdir(parents=True, exist_ok=True)
@@ -40,6 +45,8 @@ class Report:
         flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         flat |= {f"validation/{k}": v for k, v in record.get("validation", {}).items()}
         self.accelerator.log(flat, step=record["step"])
+        if self.watch:
+            self.watch(record)
         if self.progress:
             self._show(record)
 
