@@ -49,6 +49,7 @@ _PUBLIC = {
     "sample": "tuning",
     "generate": "tuning",
     "compare": "comparison",
+    "predict_cost": "prediction",
     "load_base": "models",
     "save_merged": "models",
 }

@@ -72,7 +72,7 @@ def load_base(
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
     config     entries of the configuration instead of both, as an adapter's `task` holds them
     dtype      of the weights: auto (as stored), float32, bfloat16, float16
-    device     auto by default: the accelerator, if there is one
+    device     auto by default: the accelerator, if there is one; meta: the model without its weights
     revision   of the model on the hub
     seed       of modules which the checkpoint does not hold
 
@@ -95,9 +95,9 @@ def load_base(
         torch.manual_seed(seed)
         model, info = _model_class(source, settings, task).from_pretrained(
             source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=bool(changes), **source.options,
+            ignore_mismatched_sizes=bool(changes), device_map="meta" if place.type == "meta" else None, **source.options,
         )  # fmt: skip
-    if task is not None and task.auto == "AutoModelForCausalLM":
+    if task is not None and task.auto == "AutoModelForCausalLM" and place.type != "meta":
         _check_causal(source.name, model)
     processor = processor_of(model, source.place)
     if source.name.startswith(SHIPPED):
