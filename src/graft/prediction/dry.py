@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten, prim = torch.ops.aten, torch.ops.prim
 SMALL = 2**16  # elements of a new tensor that is made in earnest
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
@@ -45,8 +45,7 @@ class Dry(TorchDispatchMode):
         """A copy of a model without contents, which stays where it is; the model may be on the meta device."""
         memo = {}
         for t in (*model.parameters(), *model.buffers()):
-            with self.fake:
-                made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+            made = self._like(t, device)
             memo[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
         made = copy.deepcopy(model, memo)
         made.__dict__["to"] = lambda *args, **kwargs: made
@@ -73,15 +72,16 @@ class Dry(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is prim.device.default:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         self._enter_backward()
-        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        given = list(_tensors((args, kwargs)))
         if any(isinstance(t, FakeTensor) for t in given):
-            out = self._faked(func, types, args, kwargs)
+            out = self._faked(func, types, args, kwargs, given)
         else:
             out = func(*args, **kwargs) if given else self._new(func, types, args, kwargs)
-        for t in tree_iter(out):
-            if isinstance(t, Tensor):
-                self._seen(t)
+        for t in _tensors(out):
+            self._seen(t)
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=out)
         return out
@@ -98,13 +98,16 @@ class Dry(TorchDispatchMode):
         made = self.fake.dispatch(func, types, args, kwargs)
         return made if not isinstance(made, Tensor) or made.numel() > SMALL else func(*args, **kwargs)
 
-    def _faked(self, func: Any, types: Any, args: tuple, kwargs: Any) -> Any:
+    def _faked(self, func: Any, types: Any, args: tuple, kwargs: Any, given: list[Tensor]) -> Any:
         if func is aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
         if func is aten.nonzero.default:
             return self._empty(args[0].numel(), args[0].ndim)
         if func in INDEXING:
             args = (args[0], [j for i in args[1] for j in self._positions(i)], *args[2:])
+            given = list(_tensors((args, kwargs)))
+        if all(isinstance(t, FakeTensor) for t in given):
+            return self.fake.dispatch(func, types, args, kwargs)
         # What has contents keeps them where something without contents would be written into it.
         kept = [
             a for a, s in zip(args, func._schema.arguments)
@@ -127,7 +130,11 @@ class Dry(TorchDispatchMode):
             return torch.empty(shape, dtype=torch.int64)
 
     def _without_contents(self, t: Tensor) -> Tensor:
-        return t if isinstance(t, FakeTensor) else self.fake.from_tensor(t, static_shapes=True)
+        return t if isinstance(t, FakeTensor) else self._like(t, t.device)
+
+    def _like(self, t: Tensor, device: torch.device) -> Tensor:
+        with self.fake:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
 
     def _seen(self, t: Tensor) -> int | None:
         """The number of its storage, which is followed from now on; a sparse tensor has none."""
@@ -146,3 +153,14 @@ class Dry(TorchDispatchMode):
             self.sizes.append(storage.nbytes())
             self.events.append(number)
         return self._alive[key][0]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """In lists and mappings, too."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
