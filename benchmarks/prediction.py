@@ -9,9 +9,10 @@ with and without checkpointing; one thread. The base is graft:seedling with the 
 task:rewrites; with --whole, all of graft:seedling, and graft:minilm on task:chapters with 128 tokens.
 
 predicted  the peak of `predict_cost`: tensors without contents, those of the base included
-tensors    the most bytes that tensors took at a time: the base, and what torch's allocator gave, as its profiler says
-process    with --whole, in a process of its own: by how much its peak grew over what it held before the base was
-           loaded. That counts what libraries take past torch's allocator, and what that one does not give back
+tensors    the most bytes that tensors took at a time while it trained: those of base and adapter, and what torch's
+           allocator gave, as its profiler says
+process    with --whole, in a process of its own: by how much its peak while it trained lies above what it held before
+           the base was loaded. That counts what libraries take past torch's allocator, and what that one keeps back
 """
 
 import argparse
@@ -73,19 +74,16 @@ def measure(name: str, model: str, place: str, precision: str, checkpointing: bo
     gc.collect()
     held = _resident()
     base = graft.load_base(place, objective=kind.name, examples=examples, dtype=dtype)
-    own = {t.data_ptr(): t.nbytes for t in (*base.model.parameters(), *base.model.buffers())}
     run = Rehearsal(
         base, kind, examples, settings, method=recipe, targets=None, heads=None, seed=0, examples_for_statistics=64
     )
-
-    def steps() -> None:
-        run.adapt(base)
-        run.fit(base.model, DRY)
-
+    run.adapt(base)
     if not process:
-        return row | {"tensors": sum(own.values()) + most_allocated(steps)}
+        own = {t.data_ptr(): t.nbytes for t in (*base.model.parameters(), *base.model.buffers())}
+        return row | {"tensors": sum(own.values()) + most_allocated(lambda: run.fit(base.model, DRY))}
+    gc.collect()
     peak = PeakMemory(torch.device("cpu"))
-    steps()
+    run.fit(base.model, DRY)
     return row | {"process": (peak.bytes() or 0) - held}
 
 

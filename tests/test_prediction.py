@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._C._profiler import _EventType
 
 import graft
 from graft.core.errors import GraftError
@@ -30,13 +31,17 @@ def measured(base, data, method, **settings):
     """The most bytes that tensors took at a time."""
     adaptation = dict(method=method, targets=None, heads=None, seed=0, examples_for_statistics=64)
     run = Rehearsal(base, choose("auto", data, base.model), data, settings, **adaptation)
+    run.adapt(base)
     own = {t.data_ptr(): t.nbytes for t in (*base.model.parameters(), *base.model.buffers())}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        run.adapt(base)
         run.fit(base.model, DRY)
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return sum(own.values()) + max(itertools.accumulate(sizes))
+    waiting, totals = list(found.profiler.kineto_results.experimental_event_tree()), [0]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            totals.append(event.extra_fields.total_allocated)
+    return sum(own.values()) + max(totals)
 
 
 # Each method in two of the four ways, a different half for neighbours.

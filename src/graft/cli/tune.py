@@ -116,6 +116,7 @@ def _print_cost(cost: Any, as_json: bool) -> None:
     rows, tokens = cost.batch
     print_facts({
         "largest batch": f"{rows} examples" + (f" of up to {tokens} tokens" if tokens > 1 else ""),
+        "before training": figure(cost.start, 2**20, "{:,.1f} MiB at most"),
         "trained parameters": cost.parameters,
         "saved": figure(cost.file, 2**10, "{:,.1f} KiB"),
         "a step": f"{cost.step_seconds:.3g} s, {'measured' if cost.measured else 'estimated'}",

@@ -35,8 +35,10 @@ SIDE = 512  # of the matrices whose product tells how fast a device is
 class Cost:
     """What a run would cost. Sizes are in bytes.
 
-    peak          the most that tensors take at a time, those of the base included. A process takes more on a CPU: Python
-                  and its libraries, and what these allocate past torch
+    peak          the most that tensors take at a time while it trains, those of the base included. A process takes more
+                  on a CPU: Python and its libraries, and what these allocate past torch
+    start         the most before that, while the adapters are made, statistics taken for them included; without what
+                  decompositions of matrices take within
     parts         of the peak: weights of the base; the adapter, with its buffers; gradients; state of the optimizer;
                   saved for the backward pass; temporary
     parameters    how many numbers are trained; file: bytes of what is saved of the adapter
@@ -47,6 +49,7 @@ class Cost:
     """
 
     peak: int
+    start: int
     parts: Mapping[str, int]
     parameters: int
     file: int
@@ -82,9 +85,8 @@ def predict_cost(
     measure  take the time of some steps on the model itself; False: estimate it, and load no weights
 
     The largest of the batches of the run is trained on without contents: two steps, since the optimizer has its state
-    from the second one on, and what adapting and statistics take before that. So phases of a method which come later
-    in its schedule are not seen, nor are evaluation and saving. Where contents decide how large something is, a mask
-    counts as full.
+    from the second one on. So phases of a method which come later in its schedule are not seen, nor are evaluation and
+    saving. Where contents decide how large something is, a mask counts as full.
 
     Raises `GraftError` for what `graft.tune` refuses, and for a method that cannot do without contents.
     """
@@ -109,15 +111,16 @@ def predict_cost(
     try:
         with dry:
             adapters = run.adapt(twin)
+            start, _ = dry.peak()
             dry.mark("adapter", (t for a in adapters for m in a.modules().values() for t in _tensors(m)))
-            before = dry.flops
+            before, begun = dry.flops, len(dry.events) - 1
             run.fit(twin.model, DRY, dry)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         methods = ", ".join(Recipe.of(m).method.name for m in (method if isinstance(method, list) else [method]))
         raise GraftError(f"what {methods} takes cannot be predicted: {error} depends on contents of tensors") from error
-    (peak, parts), flops = dry.peak(), (dry.flops - before) // DRY
+    (peak, parts), flops = dry.peak(begun), (dry.flops - before) // DRY
     found = Cost(
-        peak=peak, parts={part: parts.get(part, 0) for part in PARTS},
+        peak=peak, start=start, parts={part: parts.get(part, 0) for part in PARTS},
         parameters=sum(p.numel() for p in twin.model.parameters() if p.requires_grad),
         file=sum(t.nbytes for a in adapters for t in a.packed().values()),
         steps=run.steps, flops=flops, measured=measure,

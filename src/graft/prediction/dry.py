@@ -19,12 +19,17 @@ SMALL = 2**16  # elements of a new tensor that is made in earnest
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
+class _Fake(FakeTensorMode):
+    def __deepcopy__(self, memo: dict) -> "_Fake":
+        return self  # a copied tensor is one of the same mode
+
+
 class Dry(TorchDispatchMode):
     """While it is on, what is computed from the weights of a `twin` has shape, dtype and device, but no contents.
 
     What does not depend on weights (tokens, masks, counters of a schedule) is computed as ever, so that shapes that
     depend on data are right. A question about contents that are not there is answered: numbers are 1, conditions hold,
-    and a mask picks everything.
+    a mask picks everything, and what is counted is spread evenly.
 
     events  the storages by number in the order in which they came (n) and went (~n); sizes: their bytes
     kinds   what a storage is for, by number, where that is known
@@ -33,7 +38,7 @@ class Dry(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _Fake(allow_non_fake_inputs=True)
         self.events: list[int] = []
         self.sizes: list[int] = []
         self.kinds: dict[int, str] = {}
@@ -58,10 +63,13 @@ class Dry(TorchDispatchMode):
             if isinstance(t, Tensor) and (number := self._seen(t)) is not None:
                 self.kinds.setdefault(number, kind)
 
-    def peak(self) -> tuple[int, dict[str, int]]:
-        """The most bytes alive at a time, and how many of them are of which kind; "temporary" where none is known."""
+    def peak(self, since: int = 0) -> tuple[int, dict[str, int]]:
+        """The most bytes alive at a time, and how many of them are of which kind; "temporary" where none is known.
+
+        From event number `since` on.
+        """
         totals = list(accumulate(self.sizes[n] if n >= 0 else -self.sizes[~n] for n in self.events))
-        most = max(range(len(totals)), key=totals.__getitem__)
+        most = max(range(since, len(totals)), key=totals.__getitem__)
         alive: set[int] = set()
         for n in self.events[: most + 1]:
             alive.add(n) if n >= 0 else alive.discard(~n)
@@ -95,7 +103,7 @@ class Dry(TorchDispatchMode):
 
     def _new(self, func: Any, types: Any, args: tuple, kwargs: Any) -> Any:
         """A tensor from numbers alone: what is large would take its memory."""
-        made = self.fake.dispatch(func, types, args, kwargs)
+        made = self._dispatch(func, types, args, kwargs)
         return made if not isinstance(made, Tensor) or made.numel() > SMALL else func(*args, **kwargs)
 
     def _faked(self, func: Any, types: Any, args: tuple, kwargs: Any, given: list[Tensor]) -> Any:
@@ -103,19 +111,26 @@ class Dry(TorchDispatchMode):
             return torch.ones((), dtype=args[0].dtype).item()
         if func is aten.nonzero.default:
             return self._empty(args[0].numel(), args[0].ndim)
+        if func is aten.bincount.default:
+            return self._evenly(args[0].numel(), kwargs.get("minlength", 0))
         if func in INDEXING:
             args = (args[0], [j for i in args[1] for j in self._positions(i)], *args[2:])
             given = list(_tensors((args, kwargs)))
         if all(isinstance(t, FakeTensor) for t in given):
-            return self.fake.dispatch(func, types, args, kwargs)
+            return self._dispatch(func, types, args, kwargs)
         # What has contents keeps them where something without contents would be written into it.
         kept = [
             a for a, s in zip(args, func._schema.arguments)
             if s.alias_info and s.alias_info.is_write and isinstance(a, Tensor) and not isinstance(a, FakeTensor)
         ]  # fmt: skip
         args, kwargs = tree_map_only(Tensor, self._without_contents, (args, kwargs))
-        out = self.fake.dispatch(func, types, args, kwargs)
+        out = self._dispatch(func, types, args, kwargs)
         return kept[0] if kept else out
+
+    def _dispatch(self, func: Any, types: Any, args: tuple, kwargs: Any) -> Any:
+        out = self.fake.dispatch(func, types, args, kwargs)
+        self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()  # `nn.Module.to` wants no weak references
+        return out
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         """An index as positions, which a mask becomes within its kernel too."""
@@ -124,6 +139,10 @@ class Dry(TorchDispatchMode):
         if isinstance(index, FakeTensor):
             return [self._empty(index.numel()) for _ in range(index.ndim)]
         return list(index.nonzero().unbind(1))
+
+    @staticmethod
+    def _evenly(count: int, bins: int) -> Tensor:
+        return torch.full((bins,), count // bins) if bins else torch.tensor([count])
 
     def _empty(self, *shape: int) -> Tensor:
         with self.fake:

@@ -42,8 +42,8 @@ def misfit(configuration: Configuration, *, memory: int | None = None, parameter
         )
     except GraftError as error:
         return f"not started: {error}"
-    if memory is not None and cost.peak > memory:
-        return f"not started: it would take {_words(cost.peak)} of memory, and {_words(memory)} are allowed"
+    if memory is not None and (most := max(cost.peak, cost.start)) > memory:
+        return f"not started: it would take {_words(most)} of memory, and {_words(memory)} are allowed"
     if parameters is not None and cost.parameters > parameters:
         return f"not started: it would train {cost.parameters:,} parameters, and {parameters:,} are allowed"
     return None
