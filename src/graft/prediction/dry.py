@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from .kernels import WITHIN
+
 aten, prim = torch.ops.aten, torch.ops.prim
 SMALL = 2**16  # elements of a new tensor that is made in earnest
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -90,6 +92,9 @@ class Dry(TorchDispatchMode):
             out = func(*args, **kwargs) if given else self._new(func, types, args, kwargs)
         for t in _tensors(out):
             self._seen(t)
+        if within := WITHIN.get(func):
+            self.events += [len(self.sizes), ~len(self.sizes)]
+            self.sizes.append(within(*args, **kwargs))
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=out)
         return out
