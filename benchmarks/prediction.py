@@ -4,8 +4,8 @@
     python docs/generate.py      # writes docs/prediction.md from that file
 
 Without METHOD all of the catalogue are run; the rows of those named replace theirs in the file. Each method has its
-defaults, in the first two steps of a run of 100 with 8 examples each, of 256; in fp32, and in bf16 (the base stored in it),
-with and without checkpointing; one thread. The base is graft:seedling with the first two of its six layers, on
+defaults, in the first two steps of a run of 100 with 8 examples each, of 256; in fp32, and in bf16 (the base stored in
+it), with and without checkpointing; one thread. The base is graft:seedling with the first two of its six layers, on
 task:rewrites; with --whole, all of graft:seedling, and graft:minilm on task:chapters with 128 tokens.
 
 predicted  the peak of `predict_cost`: tensors without contents, those of the base included

@@ -24,16 +24,16 @@ cost.peak, cost.parts, cost.step_seconds, cost.seconds
 ```
 
 `--dry-run` shows the memory by parts, the trained parameters, the size of what is saved, the time of a step and of all
-steps; `--json` the same in bytes and seconds. `graft compare --memory 2GiB` starts no run whose tensors would take more,
-and says so in its report.
+steps; `--json` the same in bytes and seconds. `graft compare --memory 2GiB` starts no run whose tensors would take
+more, and says so in its report.
 
 **Memory.** The largest batch of the run goes twice through `graft.fit` itself, on tensors that have shapes, dtypes and
-devices but no contents, and every storage is followed from its birth to its end. Nothing is allocated and no weights are
-loaded, so that a model which does not fit can be asked about. Tokens, masks and counters are computed in earnest. What
+devices but no contents, and every storage is followed from its birth to its end. Nothing is allocated and no weights
+are loaded, so that a model which does not fit can be asked about. Tokens, masks and counters are computed in earnest. What
 is not seen: phases of a method that come later in its schedule, evaluation, saving, what libraries allocate past torch.
 
-**Time.** Four steps with the largest batch are timed on the model itself. `predict_cost(..., measure=False)` estimates it
-instead, from counted operations and the speed of one matrix product, which leaves out everything that is no product.
+**Time.** Four steps with the largest batch are timed on the model itself. `predict_cost(..., measure=False)` estimates
+it instead, from counted operations and the speed of one matrix product, which leaves out everything that is no product.
 
 ## Predicted and measured
 
@@ -66,8 +66,8 @@ def _cut(rows: list[dict]) -> str:
     by = {(r["method"], r["precision"], r["checkpointing"]): r for r in own}
     heads = [f"{p}{', checkpointing' if again else ''}" for p, again in WAYS]
     lines = [
-        f"On {own[0]['model']}, 8 examples. `predicted` is in MiB, in fp32 without checkpointing; the other columns are "
-        "predicted over measured memory of tensors.\n",
+        f"On {own[0]['model']}, 8 examples. `predicted` is in MiB, in fp32 without checkpointing; the other columns "
+        "are predicted over measured memory of tensors.\n",
         f"| method | predicted | {' | '.join(heads)} |",
         "|---" * (len(heads) + 2) + "|",
     ]
@@ -86,8 +86,8 @@ def _whole(rows: list[dict]) -> str:
     if not own:
         return ""
     lines = [
-        "On whole bases, in MiB. `process` is by how much the peak of a fresh process grew while it loaded the base and "
-        "took the steps, which holds what libraries take past torch's allocator and what the system's keeps back.\n",
+        "On whole bases, in MiB. `process` is by how far the peak of a fresh process lies above what it held before it "
+        "loaded the base, which holds what libraries take past torch's allocator and what the system's keeps back.\n",
         "| run | predicted | tensors | process | predicted / tensors | predicted / process |",
         "|---" * 6 + "|",
     ]

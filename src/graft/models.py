@@ -95,7 +95,8 @@ def load_base(
         torch.manual_seed(seed)
         model, info = _model_class(source, settings, task).from_pretrained(
             source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=bool(changes), device_map="meta" if place.type == "meta" else None, **source.options,
+            ignore_mismatched_sizes=bool(changes), device_map="meta" if place.type == "meta" else None,
+            **source.options,
         )  # fmt: skip
     if task is not None and task.auto == "AutoModelForCausalLM" and place.type != "meta":
         _check_causal(source.name, model)

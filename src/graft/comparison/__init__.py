@@ -149,8 +149,9 @@ def compare(
     plans = [[replace(c, splits=("train", "validation")) for c in plan] for plan in plans]
     settings = plain({
         "model": str(model), "task": made.name, "knobs": plans[0][0].knobs, "data": plans[0][0].data, "methods": names,
-        "budget": budget, "steps": steps, "memory": memory, "seeds": list(seeds), "learning_rates": learning_rates,
-        "sizes": list(sizes), "target": target, "also": also, "rows": plans[0][0].rows, "training": plans[0][0].training,
+        "budget": budget, "steps": steps, "memory": memory, "seeds": list(seeds),
+        "learning_rates": learning_rates, "sizes": list(sizes), "target": target, "also": also,
+        "rows": plans[0][0].rows, "training": plans[0][0].training,
     })  # fmt: skip
     known = _known(folder, settings, resume)
     store, live = folder / "runs", Live(enabled=progress)
