@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,7 +62,8 @@ def measure(name: str, model: str, place: str, precision: str, checkpointing: bo
     torch.set_num_threads(1)
     methods.load()
     task, settings = WHOLE[model.split(",")[0]]
-    examples = read(task).select(list(range(ROWS)))
+    rows: Any = read(task)
+    examples = rows.select(list(range(ROWS)))
     settings = settings | dict(steps=STEPS, checkpointing=checkpointing)
     recipe, dtype = Recipe.of(name, **OPTIONS.get(name, {})), DTYPES[precision]
     row: dict = dict(method=name, model=model, precision=precision, checkpointing=checkpointing, machine=machine(1))

@@ -29,8 +29,9 @@ more, and says so in its report.
 
 **Memory.** The largest batch of the run goes twice through `graft.fit` itself, on tensors that have shapes, dtypes and
 devices but no contents, and every storage is followed from its birth to its end. Nothing is allocated and no weights
-are loaded, so that a model which does not fit can be asked about. Tokens, masks and counters are computed in earnest. What
-is not seen: phases of a method that come later in its schedule, evaluation, saving, what libraries allocate past torch.
+are loaded, so that a model which does not fit can be asked about. Tokens, masks and counters are computed in earnest.
+What is not seen: phases of a method that come later in its schedule, evaluation, saving, what libraries allocate past
+torch.
 
 **Time.** Four steps with the largest batch are timed on the model itself. `predict_cost(..., measure=False)` estimates
 it instead, from counted operations and the speed of one matrix product, which leaves out everything that is no product.

@@ -13,7 +13,7 @@ def run(bases):
     def made(method, **options):
         return Configuration(
             base=str(bases / "llama"), task="rewrites", method=method, options=options, train_rows=16, rows=2,
-            training={"steps": 2, "batch_size": 2, "max_length": 16},
+            training={"steps": 2, "batch_size": 2},
         )  # fmt: skip
 
     return made

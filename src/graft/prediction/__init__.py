@@ -133,7 +133,7 @@ def predict_cost(
         base = load(None)
     elif method is None:
         base = replace(base, model=copy.deepcopy(base.model))  # its steps change it
-    return replace(found, step_seconds=run.seconds(base, TIMED))
+    return replace(found, step_seconds=run.seconds(replace(base), TIMED))
 
 
 def _device() -> torch.device:
