@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils.checkpoint import CheckpointError
 
 import graft
 from graft import methods
@@ -69,8 +70,8 @@ def measure(name: str, model: str, place: str, precision: str, checkpointing: bo
     row: dict = dict(method=name, model=model, precision=precision, checkpointing=checkpointing, machine=machine(1))
     try:
         cost = graft.predict_cost(place, examples, method=recipe, dtype=dtype, measure=False, **settings)
-    except graft.GraftError as error:
-        return row | {"refused": str(error)}
+    except (graft.GraftError, CheckpointError) as error:  # the run itself would raise the same
+        return row | {"refused": str(error).splitlines()[0]}
     row |= {"predicted": cost.peak, "parts": dict(cost.parts), "batch": list(cost.batch)}
     kind = choose("auto", examples, "")
     gc.collect()
