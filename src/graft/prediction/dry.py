@@ -92,7 +92,7 @@ class Dry(TorchDispatchMode):
             out = func(*args, **kwargs) if given else self._new(func, types, args, kwargs)
         for t in _tensors(out):
             self._seen(t)
-        if within := WITHIN.get(func):
+        if within := WITHIN.get(func._schema.name):
             self.events += [len(self.sizes), ~len(self.sizes)]
             self.sizes.append(within(*args, **kwargs))
         if count := flop_registry.get(func._overloadpacket):

@@ -1,7 +1,6 @@
 """What kernels take within, beside what they give: only those which take much, where a dry run would not see it."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from ..core.sparse import by_entries
 
 
-def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> int:
+def _sampled_product(g: Tensor, x: Tensor, index: Tensor, *_: Tensor) -> int:
     """Both factors are copied: made contiguous, and in half precision wide before that."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if by_entries(g, x, index):
@@ -17,4 +16,7 @@ def _sampled_product(g: Tensor, x: Tensor, index: Tensor) -> int:
     return g.shape[1] * x.shape[1] * x.element_size()
 
 
-WITHIN: dict[Any, Callable[..., int]] = {torch.ops.graft.sampled_product.default: _sampled_product}
+WITHIN: dict[str, Callable[..., int]] = {
+    "graft::sampled_product": _sampled_product,
+    "graft::watched_product": _sampled_product,
+}
