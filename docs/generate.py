@@ -1,6 +1,6 @@
 """Writes what the methods, the tasks and the bases say of themselves into docs/catalogue.md, docs/tasks.md,
 docs/bases.md and the table of docs/exchange.md, the records of reference runs into docs/proving-ground.md, and
-what methods cost into docs/costs.md:
+what methods cost into docs/costs.md, and what of that is predicted into docs/prediction.md:
 `python docs/generate.py` (or --check).
 """
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import costs
+import predicted
 import proving_ground
 
 from graft import bases, evidence, tasks
@@ -294,6 +295,7 @@ def main() -> None:
         TASKS: tasks_page(),
         BASES: bases_page(),
         costs.PAGE: costs.page(),
+        predicted.PAGE: predicted.page(),
     }
     write(pages)
     if found and "--check" not in sys.argv:

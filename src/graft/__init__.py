@@ -53,6 +53,7 @@ _PUBLIC = {
     "advise": "advice",
     "rank": "ranking",
     "search": "searching",
+    "predict_cost": "prediction",
     "load_base": "models",
     "save_merged": "models",
 }

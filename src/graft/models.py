@@ -74,7 +74,7 @@ def load_base(
     examples   the data, which tell how many outputs the model needs; labels: names of the classes, if not from the data
     config     entries of the configuration instead of both, as an adapter's `task` holds them
     dtype      of the weights: auto (as stored, or what `quantise` computes in), float32, bfloat16, float16
-    device     auto by default: the accelerator, if there is one
+    device     auto by default: the accelerator, if there is one; meta: the model without its weights
     quantise   the linear layers but those of heads: int8, or int8-weights and nf4 with the extra `quantised`; see
                `graft.quantise`. The whole base is in memory first, as it is stored
     revision   of the model on the hub
@@ -103,9 +103,10 @@ def load_base(
         torch.manual_seed(seed)
         model, info = _model_class(source, settings, task).from_pretrained(
             source.place, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=bool(changes), **source.options,
+            ignore_mismatched_sizes=bool(changes), device_map="meta" if place.type == "meta" else None,
+            **source.options,
         )  # fmt: skip
-    if task is not None and task.auto == "AutoModelForCausalLM":
+    if task is not None and task.auto == "AutoModelForCausalLM" and place.type != "meta":
         _check_causal(source.name, model)
     processor = processor_of(model, source.place)
     if source.name.startswith(SHIPPED):

@@ -91,20 +91,7 @@ def tune(
         dtype=dtype, quantise=quantise, revision=revision, seed=seed,
     )  # fmt: skip
     training |= {"objective": task.name, "processor": training.get("processor") or base.processor}
-    chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
-    if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
-        raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
-    for name, recipe in chain.items():
-        cls, where, stats = recipe.method, targets.get(name) if isinstance(targets, Mapping) else targets, None
-        if where is None and cls.targets == "head" and base.heads:
-            where, base.heads = base.heads, []  # the method itself is for heads
-        hosts = dict(resolve(base.model, where or cls.targets, cls.hosts))
-        asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
-        if needs := sorted({need for some in asked for need in some}):
-            batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-            stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
-        whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
-        made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
+    made = adapt(base, task, examples, method, targets, heads, seed, examples_for_statistics, training)
     try:
         result = fit(base.model, examples, output=run, resume="auto" if resume else False, **training)
     except GraftError:
@@ -126,6 +113,35 @@ def tune(
         whole.rename(place)
         shutil.rmtree(run)
     return Tuned(base, made, result)
+
+
+def adapt(
+    base: Base,
+    task: type[objectives.Objective],
+    examples: Examples,
+    method: Any,
+    targets: str | Mapping[str, Any] | Sequence[str] | None,
+    heads: str | Sequence[str] | None,
+    seed: int,
+    examples_for_statistics: int,
+    training: Mapping[str, Any],
+) -> dict[str, Adapter]:
+    """Put the new adapters of `tune` on a base: by name, innermost first."""
+    chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
+    if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
+        raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
+    for name, recipe in chain.items():
+        cls, where, stats = recipe.method, targets.get(name) if isinstance(targets, Mapping) else targets, None
+        if where is None and cls.targets == "head" and base.heads:
+            where, base.heads = base.heads, []  # the method itself is for heads
+        hosts = dict(resolve(base.model, where or cls.targets, cls.hosts))
+        asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
+        if needs := sorted({need for some in asked for need in some}):
+            batches, loss = _batches(base, task, examples, examples_for_statistics, training)
+            stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
+        whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
+        made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
+    return made
 
 
 def _named(recipes: list[Recipe]) -> dict[str, Recipe]:

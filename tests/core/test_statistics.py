@@ -122,3 +122,14 @@ def test_what_cannot_be_collected_is_refused():
         graft.collect(model, [tokens()], ["input_covariance"], "embed_tokens")
     with pytest.raises(graft.GraftError, match="no batch was given"):
         graft.collect(model, [], ["input_gram"])
+
+
+def test_statistics_are_let_go_by_the_parts_of_a_delta_too():
+    model = llama(layers=1)
+    stats = graft.collect(
+        model, [tokens()], ["weight_grad"], "q_proj", lambda m, batch: m(batch).logits.square().mean()
+    )
+    adapter = graft.attach(model, "rosa", "q_proj", stats=stats)
+    deltas = [m for d in adapter.deltas.values() for m in d.modules() if isinstance(m, graft.Delta)]
+    assert len(deltas) > 1 and not any(d.site.stats for d in deltas)
+    assert all(stats.values())  # those of the user stay

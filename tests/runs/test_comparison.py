@@ -120,3 +120,10 @@ def test_all_is_what_fits_the_model(bases):
     assert "it has no bias" in _refuses(base, "bitfit") and _refuses(base, "lora") is None
     assert "linear-probe" in _refuses(base, "full")
     assert all((p == weights[n]).all() for n, p in base.model.named_parameters())
+
+
+def test_what_would_take_more_than_the_memory_is_not_started(bases, reviews, here, tmp_path):
+    given = {**SMALL, "methods": ["lora"], "output": tmp_path / "out", "validation": 0.25, "test": 0.25}
+    with pytest.raises(GraftError, match="no contestant keeps within memory=1KiB: not started: it would take"):
+        compare(bases / "bert", reviews, memory="1KiB", **given)
+    assert not here

@@ -118,12 +118,12 @@ def test_answered_examples_stand_before_the_prompts_as_many_as_fit(answers, monk
 
 
 def test_fewer_rows_to_learn_from_are_some_of_more():
-    from graft.runs.single import _train_rows
+    from graft.runs.single import train_rows
 
     task = tasks.task("rewrites", examples=50)
-    few, more = ([row["prompt"] for row in _train_rows(task, count)] for count in (10, 20))
+    few, more = ([row["prompt"] for row in train_rows(task, count)] for count in (10, 20))
     assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
-    assert _train_rows(task, None) == task.rows("train")
+    assert train_rows(task, None) == task.rows("train")
 
 
 def test_other_data_than_planned_are_refused(answers):

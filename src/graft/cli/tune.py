@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from typing import Annotated, Any
 
@@ -10,8 +11,14 @@ import typer
 
 from ..core.errors import GraftError
 from ._model import DATA, NAMED
-from ._output import Json, print_facts, print_json, working
+from ._output import Json, figure, print_facts, print_json, print_table, working
 from ._settings import Setting, method_settings, parameters, read_recipe, settings, write_recipe
+
+PLACES = ("output", "resume")  # of what a dry run does not write
+PARTS = {
+    "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients",
+    "optimizer": "state of the optimizer", "saved": "saved for the backward pass", "temporary": "temporary",
+}  # fmt: skip
 
 
 def tune(
@@ -25,6 +32,9 @@ def tune(
     save_recipe: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write all settings of this run there.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take and how long, and train nothing.")
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -38,6 +48,7 @@ def tune(
     """
     with working():
         from ..core.recipe import Recipe
+        from ..prediction import predict_cost
         from ..training.messages import nearest
         from ..tuning import tune as train
 
@@ -51,7 +62,7 @@ def tune(
             raise GraftError(f"{recipe}: there is no setting {name!r}: {nearest(name, {*known, *texts, 'method'})}")
         texts |= {s.name: s.given(options) for s in known.values()}
         given |= {name: text for name, text in texts.items() if text is not None}
-        if missing := [name for name in ("model", "data", "output") if name not in given]:
+        if missing := [n for n in ("model", "data", *([] if dry_run else ["output"])) if n not in given]:
             raise GraftError(f"{missing[0]} is missing: graft tune MODEL --data FILE --output FOLDER")
         values = {name: s.read(given[name]) for name, s in known.items() if name in given}
         chosen = [
@@ -64,8 +75,14 @@ def tune(
         complete |= {s.name: values.get(s.name, s.hyper.default) for s in others if s.name not in ("output", "resume")}
         if save_recipe:
             write_recipe(save_recipe, complete)
-        done = train(source, data, method=chosen, **values)
-        write_recipe(f"{values['output']}/recipe.yaml", complete)
+        cost = done = None
+        if dry_run:
+            cost = predict_cost(source, data, method=chosen, **{k: v for k, v in values.items() if k not in PLACES})
+        else:
+            done = train(source, data, method=chosen, **values)
+            write_recipe(f"{values['output']}/recipe.yaml", complete)
+    if done is None:
+        return _print_cost(cost, as_json)
     result, adapters = done.result, done.adapters.values()
     trained = sum(p.numel() for adapter in adapters for p in adapter.parameters())
     base = sum(p.numel() for p in done.base.model.parameters()) - trained
@@ -88,6 +105,23 @@ def tune(
     if as_json:
         return print_json(facts | {"history": result.history, "labels": result.labels})
     print_facts(facts, "The adapter")
+
+
+def _print_cost(cost: Any, as_json: bool) -> None:
+    """Sizes in MiB for people, in bytes for machines."""
+    if as_json:
+        return print_json({**asdict(cost), "seconds": cost.seconds})
+    rows = [*((PARTS[part], size) for part, size in cost.parts.items()), ("together, at the peak", cost.peak)]
+    print_table([(part, figure(size, 2**20, "{:,.1f} MiB")) for part, size in rows], ("memory", ""), "A dry run")
+    rows, tokens = cost.batch
+    print_facts({
+        "largest batch": f"{rows} examples" + (f" of up to {tokens} tokens" if tokens > 1 else ""),
+        "before training": figure(cost.start, 2**20, "{:,.1f} MiB at most"),
+        "trained parameters": cost.parameters,
+        "saved": figure(cost.file, 2**10, "{:,.1f} KiB"),
+        "a step": f"{cost.step_seconds:.3g} s, {'measured' if cost.measured else 'estimated'}",
+        "all steps": f"{cost.steps:,}: {cost.seconds:,.0f} s, if all batches were so large",
+    })  # fmt: skip
 
 
 def options(args: Sequence[str]) -> list[inspect.Parameter]:

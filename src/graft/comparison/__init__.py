@@ -30,7 +30,7 @@ from ..core.recipe import Recipe
 from ..core.site import site_for
 from ..core.targets import resolve
 from ..models import Base, load_base
-from ..runs import contestants, plan, pool
+from ..runs import contestants, limits, plan, pool
 from ..runs.configuration import Configuration
 from ..runs.contestants import Contestant
 from ..runs.reference import chosen, final, tuning
@@ -86,6 +86,9 @@ def compare(
     ] = None,
     seeds: Annotated[Sequence[int], "of the runs at the chosen rate; the first one tries the rates"] = (0, 1, 2),
     learning_rates: Annotated[Sequence[float] | None, "to try; by default those of the method"] = None,
+    memory: Annotated[
+        str | None, "what the tensors of a run may take, such as 2GiB: what would take more is not started"
+    ] = None,
     batch_size: Annotated[int | None, "examples of a step; by default that of the task", Range(1)] = None,
     max_length: Annotated[int | None, "tokens of an example; by default that of the task", Range(1)] = None,
     rows: Annotated[
@@ -128,6 +131,7 @@ def compare(
     """
     begun, folder = time.monotonic(), Path(output).expanduser()
     time_for_all = None if budget is None else budgets.seconds(budget)
+    allowed = None if memory is None else limits.size(memory)
     made = task_of(data, folder, {"validation": validation, "test": test, "columns": columns})
     rest = [size for size in sizes if not 0 < size <= len(made.rows("train"))]
     if rest:
@@ -145,8 +149,9 @@ def compare(
     plans = [[replace(c, splits=("train", "validation")) for c in of] for of in plans]
     settings = plain({
         "model": str(model), "task": made.name, "knobs": plans[0][0].knobs, "data": plans[0][0].data, "methods": names,
-        "budget": budget, "steps": steps, "seeds": list(seeds), "learning_rates": learning_rates, "sizes": list(sizes),
-        "target": target, "also": also, "rows": plans[0][0].rows, "training": plans[0][0].training,
+        "budget": budget, "steps": steps, "memory": memory, "seeds": list(seeds),
+        "learning_rates": learning_rates, "sizes": list(sizes), "target": target, "also": also,
+        "rows": plans[0][0].rows, "training": plans[0][0].training,
     })  # fmt: skip
     known = plan.known(folder / PLAN, settings, resume=resume)
     store, live = folder / "runs", Live(enabled=progress)
@@ -155,6 +160,12 @@ def compare(
     }  # fmt: skip
     with live:
         if known is None:
+            if allowed is not None:
+                reasons = {_name(of[0]): limits.misfit(of[0], memory=allowed) for of in plans}
+                unfit |= {name: reason for name, reason in reasons.items() if reason}
+                plans = [of for of in plans if _name(of[0]) not in unfit]
+                if all(of[0].method in UNTRAINED for of in plans):
+                    raise GraftError(f"no contestant keeps within memory={memory}: {next(iter(unfit.values()))}")
             count = plans[0][0].training["steps"]
             if time_for_all is not None:
                 count, failed = _fitting(

@@ -323,6 +323,8 @@ class Adapter:
             sites.append(site)
         for site in sites:
             site.stats, site.saved = {}, None  # used up; they can be large
+        for part in (m for d in self.deltas.values() for m in d.modules() if isinstance(m, Delta)):
+            part.site.stats, part.site.saved = {}, None
         # What a function of the site, a pattern or a plan gave is kept by path: a function cannot be saved.
         self.recipe = Recipe(
             cls,

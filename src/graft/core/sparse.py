@@ -115,14 +115,18 @@ def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=True)
 
 
+def by_entries(g: Tensor, x: Tensor, index: Tensor) -> bool:
+    """Whether to compute these entries alone, with MKL."""
+    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
+    return HAS_MKL and x.device.type == "cpu" and few * len(index) <= g.shape[1] * x.shape[1]
+
+
 @torch.library.impl("graft::sampled_product", "CompositeExplicitAutograd")
 def sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """The entries of g^T x [out, in] at the flat positions `index` [k], which rise, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = g.shape[1], x.shape[1]
-    few = 8 if x.dtype.itemsize >= 4 else 40  # where half precision is fast, products of all entries pay off sooner
-    on_cpu = x.device.type == "cpu"
-    if HAS_MKL and on_cpu and few * len(index) <= shape[0] * shape[1]:
+    if by_entries(g, x, index):
         where = _matrix(index // shape[1], index % shape[1], torch.zeros(len(index), dtype=wide), shape)
         return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
     rows = max(1, BLOCK // shape[1])

@@ -5,6 +5,7 @@
     store          a folder with one file a record, and files of many records
     pool           many runs, each in a process of its own
     contestants    what is compared, and at which learning rates
+    limits         what a run may take, asked before it is started
     reference      the reference runs of a task: rates chosen on the validation split, then several seeds
     summary        records as rows of a table
 

@@ -108,7 +108,7 @@ def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], A
     if points := configuration.also.get("points"):
         training["validation"] = read(subset(task, "validation", configuration.rows), columns=columns)
         training |= {"eval_every": -(-training["steps"] // points), "keep": "last"}
-    examples = read(_train_rows(task, configuration.train_rows), columns=columns)
+    examples = read(train_rows(task, configuration.train_rows), columns=columns)
     base, result, adapters, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
     begun = time.perf_counter()
     own = [p for adapter in adapters for p in adapter.parameters()]
@@ -143,7 +143,7 @@ def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], A
     }
 
 
-def _train_rows(task: tasks.Task, count: int | None) -> tasks.Rows:
+def train_rows(task: tasks.Task, count: int | None) -> tasks.Rows:
     """The rows to learn from: all, or so many drawn by the task's seed; fewer are some of more."""
     rows = task.rows("train")
     if count is None:

@@ -9,6 +9,7 @@ from ..core.site import site_for
 from ..core.targets import resolve
 from ..models import Base
 from ..runs.configuration import Configuration
+from ..runs.limits import misfit
 from ..runs.single import load, recipes
 from .outcome import Outcome, over
 
@@ -16,7 +17,8 @@ from .outcome import Outcome, over
 class Fits:
     """Asked for every run before it starts. `common` is a configuration of the same base and data.
 
-    Trained parameters are counted on the base itself, for methods that need no look at the data first.
+    Trained parameters are counted on the base itself, for methods that need no look at the data first. Memory is that of
+    the tensors alone, which a dry run foretells: the process, whose peak is limited, takes more.
     """
 
     def __init__(self, common: Configuration, limits: Mapping[str, float]):
@@ -33,9 +35,12 @@ class Fits:
         except GraftError as error:
             return Outcome(None, {}, reason=str(error))
         limit = self.limits.get("parameters")
-        if limit is None or count is None or count <= limit:
+        if limit is not None and count is not None and count > limit:
+            return Outcome(None, {"parameters": over(count, limit)}, reason=f"it trains {count:,} parameters")
+        most = self.limits.get("memory")
+        if most is None or not (reason := misfit(configuration, memory=int(most))):
             return None
-        return Outcome(None, {"parameters": over(count, limit)}, reason=f"it trains {count:,} parameters")
+        return Outcome(None, {}, reason=reason)
 
     def parameters(self, configuration: Configuration) -> int | None:
         """How many numbers a run would train; None where the method looks at the data first."""

@@ -131,8 +131,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def choose(objective: str, examples: Any, architecture: Any = "") -> type[objectives.Objective]:
+def choose(
+    objective: str | type[objectives.Objective], examples: Any, architecture: Any = ""
+) -> type[objectives.Objective]:
     """The objective of that name; "auto": what the examples and the model, or the name of its class, speak for."""
+    if not isinstance(objective, str):
+        return objective
     if objective != "auto":
         return objectives.find(objective)
     return objectives.guess(examples, architecture if isinstance(architecture, str) else type(architecture).__name__)

@@ -69,7 +69,7 @@ def fit(
     model: nn.Module,
     data: Any,
     *,
-    objective: str = "auto",
+    objective: Any = "auto",
     processor: Any = None,
     validation: Any = None,
     columns: Mapping[str, str] | None = None,
@@ -117,7 +117,8 @@ def fit(
     validation             data to measure on while training, or the fraction of `data` to hold out for that: 0.1
     columns                {name that is needed: name in the data}
     objective              classification, regression, causal-lm, seq2seq, image-classification, flow-matching; auto: by
-                           the columns, and by the class of the model where they leave a choice
+                           the columns, and by the class of the model where they leave a choice; or a class derived
+                           from `graft.training.objectives.Objective`
     processor              a tokenizer or image processor, or its name; by default the model's own
     labels                 names of the classes in the order of the outputs; by default the model's, or the data's.
                            They are written into the model's configuration
