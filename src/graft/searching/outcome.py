@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import GraftError
+from ..runs.limits import UNITS
 from ..runs.store import Record
 from ..runs.summary import measured
 
-BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+BYTES = {unit.lower(): count for unit, count in UNITS.items()}
 
 
 def _quality(record: Record) -> float:
