@@ -30,7 +30,7 @@ FIGURES: tuple[tuple[str, str, float, str], ...] = (
     ("latency_merged", "latency, merged (ms)", 1e-3, "{:,.1f}"),
 )
 BEST = ' class="best"'
-LOG = ("parameters", "adapter_bytes", "time_to_target")
+WIDE = 10  # times the smallest cost: beyond it the axis is logarithmic
 BOLD = (
     "Mean ± standard deviation over the seeds, on the test split. <b>Bold</b> names: what cannot be told from the "
     "best mean, since the 95 % interval of Welch for the difference holds 0; bold costs: the Pareto front, where "
@@ -219,7 +219,9 @@ def _plots(found: "Comparison") -> str:
             if r[key] is not None
         ]  # fmt: skip
         said = f"{metric} on the test split against {name}{', less is better' if down else ''}"
-        drawn.append((said, scatter(said, name, metric, points, log=key in LOG)))
+        costs = [p.x for p in points if p.x]
+        wide = bool(costs) and min(costs) > 0 and max(costs) > WIDE * min(costs)
+        drawn.append((said, scatter(said, name, metric, points, log=wide)))
     curves, times = _curves(found)
     for said, x, series in [("over the steps", "step", curves), ("over the time of training", "seconds", times)]:
         drawn.append((f"Validation loss {said}", lines(f"Validation loss {said}", x, "validation loss", series)))
