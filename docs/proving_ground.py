@@ -63,7 +63,8 @@ def load() -> list[Summary]:
 
     def place(s: Summary) -> tuple:
         name = s.setting.method
-        return s.setting.task, len(knobs(s.setting)), setting(s.setting), order.index(name) if name in order else len(order), s.title
+        rank = order.index(name) if name in order else len(order)
+        return s.setting.task, len(knobs(s.setting)), setting(s.setting), rank, s.title
 
     return sorted(found, key=place)
 

@@ -17,8 +17,8 @@ from .outcome import Outcome, over
 class Fits:
     """Asked for every run before it starts. `common` is a configuration of the same base and data.
 
-    Trained parameters are counted on the base itself, for methods that need no look at the data first. Memory is that of
-    the tensors alone, which a dry run foretells: the process, whose peak is limited, takes more.
+    Trained parameters are counted on the base itself, for methods that need no look at the data first. Memory is that
+    of the tensors alone, which a dry run foretells: the process, whose peak is limited, takes more.
     """
 
     def __init__(self, common: Configuration, limits: Mapping[str, float]):
