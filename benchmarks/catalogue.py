@@ -101,7 +101,12 @@ def step_of(model: nn.Module, adapter: graft.Adapter | None, steps: int):
 def peft_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     import peft
 
-    return peft.PeftModel.from_pretrained(base(dtype), folder, is_trainable=True).train()
+    prompts = peft.PeftConfig.from_pretrained(folder).is_prompt_learning  # which PEFT loads as frozen only
+    model = peft.PeftModel.from_pretrained(base(dtype), folder, is_trainable=not prompts).train()
+    for name, parameter in model.named_parameters():
+        if prompts and "prompt_encoder" in name:
+            parameter.requires_grad_()
+    return model
 
 
 def measure(name: str, rounds: int) -> dict:

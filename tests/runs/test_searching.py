@@ -7,6 +7,7 @@ import pytest
 import graft
 from graft.core.errors import GraftError
 from graft.runs.store import Store
+from graft.searching import supernets
 from graft.searching.study import Study
 
 SMALL = dict(steps=2, batch_size=4, rows=6, validation=0.25, test=0.25, seeds=(0, 1), progress=False)
@@ -42,6 +43,27 @@ def test_the_best_on_validation_is_run_again_and_nothing_is_made_twice(bases, re
     kept = json.loads((found.folder / "results.json").read_text())
     assert [t["id"] for t in kept["trials"]] == [r["id"] for r in more.rows]
     assert "<script" in (found.folder / "report.html").read_text()
+
+
+def test_what_a_supernet_found_is_trained_anew_within_the_limit(bases, reviews, here, tmp_path, monkeypatch):
+    given = SMALL | {"searcher": "noah", "learning_rate": "1e-3|1e-2", "trials": 2, "output": tmp_path / "out"}
+    given |= {"at_most": {"parameters": 1000}}
+    found = graft.search(bases / "bert", reviews, **given)
+    names = [m["name"] for m in found.supernet["members"]]
+    assert {c.method for c in here} == {"+".join(names)} and len(here) == 4
+    assert {c.training["learning_rate"] for c in here} == {1e-3, 1e-2}
+    runs = [r for r in found.runs if r.done]
+    base = graft.load_base(bases / "bert", objective="classification", labels=["a", "b"])
+    heads = sum(p.numel() for path in base.heads for p in base.model.get_submodule(path).parameters())
+    assert {r.parameters - found.supernet["parameters"] for r in runs} == {heads}
+    assert heads < max(r.parameters for r in runs) <= 1000
+    for m, c in ((m, c) for m in found.supernet["members"] for c in here):
+        targets = c.targets[m["name"]] if len(names) > 1 else c.targets
+        assert targets == m["targets"]
+
+    monkeypatch.setattr(supernets, "train", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    again = graft.search(bases / "bert", reviews, **given, resume=True)
+    assert again.supernet == found.supernet and len(here) == 4
 
 
 def test_a_small_space_is_tried_whole_and_what_is_too_large_is_never_started(bases, reviews, here, tmp_path):

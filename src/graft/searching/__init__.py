@@ -4,6 +4,7 @@ graft.search("graft:seedling", "task:rewrites", space=["lora(rank=2|4|8|16)", "i
 
 space      what is searched, and how a point of it becomes a run
 searchers  which point comes next, one file each
+oneshot    supernets, which find methods and sizes in one run; supernets: that as the first half of a search
 fits       what is known of a run before it starts
 outcome    what a run was worth: objectives and limits
 study      one search while it runs
@@ -31,7 +32,7 @@ from ..runs.reference import final, tuning
 from ..runs.single import DTYPE
 from ..runs.store import Record
 from ..runs.summary import measured, spread
-from . import engines, report, searchers
+from . import engines, oneshot, report, searchers, supernets
 from .fits import Fits
 from .outcome import FIGURES, OBJECTIVES, checked, front, limits
 from .space import Space
@@ -53,6 +54,7 @@ class Search:
     best       the best point, or the points of the Pareto front, run again: one row each
     verdict    why the search ended before its budget, if it did
     runs       the records of all runs
+    supernet   what a one-shot search found, and the paths that it looked at; None without one
     folder     where everything lies: the records, results.json, report.html
     """
 
@@ -62,6 +64,7 @@ class Search:
     best: list[dict[str, Any]]
     verdict: str | None
     runs: list[Record]
+    supernet: dict[str, Any] | None
     folder: Path
 
 
@@ -77,7 +80,9 @@ def search(
     learning_rate: Annotated[float | str, "what to try: 1e-4:1e-2, or 1e-3|3e-3"] = "3e-4:3e-2",
     schedule: Annotated[str, "what to try: linear, or linear|cosine|wsd"] = "linear",
     searcher: Annotated[
-        str | None, "which point comes next; by default config, for several objectives autopeft"
+        str | None,
+        "which point comes next; by default config, for several objectives autopeft. noah, nfts, glora, darts, "
+        "tanglenas: a supernet finds methods and sizes within the limit of parameters, then learning rates are tried",
     ] = None,
     objective: Annotated[Sequence[str], f"what to improve: of {', '.join(OBJECTIVES)}; several give a Pareto front"] = (
         "quality",
@@ -125,9 +130,9 @@ def search(
     within, time_for_all = limits(at_most), None if budget is None else budgets.seconds(budget)
     made = task_of(data, folder, {"validation": validation, "test": test, "columns": columns})
     domains = {"learning_rate": learning_rate, "schedule": schedule}
-    searched = Space.of(space, domains, load_base(model, dtype=DTYPE).model)
-    kind = searchers.find(searcher or ("config" if len(names) == 1 else "autopeft"))
-    asked = kind(searched, seed=seeds[0], objectives=len(names), limits=tuple(within))
+    supernet = searcher if searcher in oneshot.names() else None
+    searched = None if supernet else Space.of(space, domains, load_base(model, dtype=DTYPE).model)
+    kind = searchers.find((supernet is None and searcher) or ("config" if len(names) == 1 else "autopeft"))
     common = tuning(
         made, method=["lora"], base=str(model), seed=seeds[0], learning_rates=[1e-3], steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
@@ -139,17 +144,27 @@ def search(
         common = replace(common, also={"points": POINTS})
     settings = plain({
         "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data, "space": list(space),
-        "domains": domains, "searcher": kind.name, "objective": names, "at_most": within, "seeds": list(seeds),
+        "domains": domains, "searcher": supernet or kind.name, "objective": names, "at_most": within,
+        "seeds": list(seeds),
         "rows": common.rows, "also": common.also,
         "training": {k: v for k, v in common.training.items() if k not in domains},
     })  # fmt: skip
-    if plan.known(folder / PLAN, settings, resume=resume) is None:
-        plan.write(folder / PLAN, {"settings": settings})
+    known = plan.known(folder / PLAN, settings, resume=resume)
+    if known is None:
+        known = {"settings": settings, "supernet": None}
+        if supernet:
+            known["supernet"] = supernets.train(
+                supernet, common, learning_rate, cap=within.get("parameters"), seed=seeds[0]
+            )
+        plan.write(folder / PLAN, known)
+    searched = searched or supernets.space(known["supernet"], domains)
+    asked = kind(searched, seed=seeds[0], objectives=len(names), limits=tuple(within))
     if trials is None and budget is None:
         trials = 32
+    left = None if time_for_all is None else time_for_all - (time.monotonic() - began)
     study = Study(
         searched, asked, common, Fits(common, within), names,
-        at_most=trials, seconds=time_for_all, reserved=len(seeds), jobs=jobs,
+        at_most=trials, seconds=left, reserved=len(seeds), jobs=jobs,
     )  # fmt: skip
     store, live = folder / "runs", Live(enabled=progress)
     with live, pool.forks(threads) as forks:
@@ -166,7 +181,7 @@ def search(
         settings=settings | {"budget": budget, "trials": trials, "seconds": time.monotonic() - began},
         objective=names, rows=[_row(t, searched, chosen) for t in study.trials],
         best=[_best(t, finals) for t in chosen], verdict=asked.verdict,
-        runs=[t.record for t in study.trials if t.record] + finals, folder=folder,
+        runs=[t.record for t in study.trials if t.record] + finals, supernet=known["supernet"], folder=folder,
     )  # fmt: skip
     report.write(found)
     if not chosen:

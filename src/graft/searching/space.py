@@ -156,7 +156,7 @@ class Space:
         by_block = any(a.switches or any(isinstance(d, Spread) for m in a.members for d in m.options.values())
                        for a in found)  # fmt: skip
         blocks = [path for path, _ in resolve(model, "blocks", ("module",))] if by_block else []
-        return cls(found, {name: _domain(text, f"{name}={text}") for name, text in training.items()}, blocks)
+        return cls(found, {name: domain_of(text, f"{name}={text}") for name, text in training.items()}, blocks)
 
     def _own(self, a: Alternative) -> Iterator[tuple[str, Domain]]:
         for m in a.members:
@@ -343,7 +343,7 @@ def _member(text: str) -> Member:
 def _hyper(value: str, cls: Any, option: str, text: str) -> Domain | Spread:
     form = re.fullmatch(r"(.*?)(?:\s+per(?:\s+(\d+))? blocks?)?", value)
     assert form
-    domain, hyper = _domain(form[1], text), hyperparameters(cls)[option]
+    domain, hyper = domain_of(form[1], text), hyperparameters(cls)[option]
     if isinstance(domain, Interval) and not hyper.accepts(domain.low + 0.5):
         domain = replace(domain, whole=True)
     ends = domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
@@ -354,7 +354,8 @@ def _hyper(value: str, cls: Any, option: str, text: str) -> Domain | Spread:
     return Spread(domain, int(form[2] or 1)) if form[1] != value else domain
 
 
-def _domain(text: Any, where: str) -> Domain:
+def domain_of(text: Any, where: str) -> Domain:
+    """Values or an interval, written as above."""
     parts = _split(str(text), "|")
     if not parts:
         raise GraftError(f"{where}: there are no values, such as 4|8 or 1e-4:1e-2")
