@@ -16,7 +16,7 @@ from .space import Alternative, Choice, Domain, Member, Space, domain_of
 ROWS = 20  # of the paths that were looked at, kept beside what was found
 
 
-def train(name: str, common: Configuration, rate: str, *, cap: float | None, seed: int) -> dict[str, Any]:
+def train(name: str, common: Configuration, rate: float | str, *, cap: float | None, seed: int) -> dict[str, Any]:
     """What the one-shot search `name` finds on the train split, as plain data.
 
     common  a configuration, whose base, data, steps and batches are those of the supernet
