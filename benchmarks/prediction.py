@@ -113,15 +113,20 @@ def main():
         ):
             given = name, model, models[model], precision, checkpointing, process
             row = _apart(given) if process else measure(*given)
-            rows[_key(row)] = rows.get(_key(row), {}) | row
+            rows[_key(row)] = row if "refused" in row else _others(rows.get(_key(row), {})) | row
             args.json.write_text(json.dumps([rows[k] for k in sorted(rows)], indent=1) + "\n")
             found = {k: round(row["predicted"] / row[k], 3) for k in ("tensors", "process") if k in row}
             print(name, model, precision, "checkpointing" * checkpointing, row.get("refused", found), flush=True)
 
 
 def _apart(given: tuple) -> dict:
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fork would find memory that its parent gave back
         return pool.apply(measure, given)
+
+
+def _others(row: dict) -> dict:
+    """What an earlier measurement found, where it was not refused."""
+    return {k: v for k, v in row.items() if k != "refused"}
 
 
 def _key(row: dict) -> tuple:

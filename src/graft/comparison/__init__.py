@@ -37,6 +37,7 @@ from ..runs.reference import chosen, final, tuning
 from ..runs.single import DTYPE, UNTRAINED, some
 from ..runs.store import Record
 from ..runs.summary import Summary, summarise
+from ..training.data import read
 from ..training.evaluation import choose
 from . import budget as budgets
 from . import outcome, report
@@ -137,7 +138,8 @@ def compare(
     if rest:
         raise GraftError(f"sizes={rest[0]}: the train split of {made.name} has {len(made.rows('train'))} rows")
     base = load_base(model, dtype=DTYPE)
-    objective = choose("auto", made.rows("train"), type(base.model).__name__)
+    examples = read(made.rows("train"), columns=made.reference.columns)
+    objective = choose("auto", examples, type(base.model).__name__)
     names, unfit = _contestants(methods, base, made, objective)
     also = {"points": POINTS, "latency": True}
     if forgets := _forgetting(forgetting, objective.name):
@@ -206,8 +208,6 @@ def task_of(data: Any, folder: Path, knobs: Mapping[str, Any]) -> tasks.Task:
             raise GraftError(f"{data}: a comparison uses train, validation and test: leave split={split} out")
         return made
     if not isinstance(data, str | Path):
-        from ..training.data import read
-
         try:
             lines = "".join(f"{json.dumps(dict(row))}\n" for row in read(data))
         except TypeError as error:

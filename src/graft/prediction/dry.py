@@ -31,7 +31,7 @@ class Dry(TorchDispatchMode):
 
     What does not depend on weights (tokens, masks, counters of a schedule) is computed as ever, so that shapes that
     depend on data are right. A question about contents that are not there is answered: numbers are 1, conditions hold,
-    a mask picks everything, and what is counted is spread evenly.
+    a mask picks everything, numbers are all different, and what is counted is spread evenly.
 
     events  the storages by number in the order in which they came (n) and went (~n); sizes: their bytes
     kinds   what a storage is for, by number, where that is known
@@ -118,6 +118,8 @@ class Dry(TorchDispatchMode):
             return self._empty(args[0].numel(), args[0].ndim)
         if func is aten.bincount.default:
             return self._evenly(args[0].numel(), kwargs.get("minlength", 0))
+        if func is aten._unique2.default:
+            return self._different(args[0])
         if func in INDEXING:
             args = (args[0], [j for i in args[1] for j in self._positions(i)], *args[2:])
             given = list(_tensors((args, kwargs)))
@@ -148,6 +150,10 @@ class Dry(TorchDispatchMode):
     @staticmethod
     def _evenly(count: int, bins: int) -> Tensor:
         return torch.full((bins,), count // bins) if bins else torch.tensor([count])
+
+    def _different(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The values of t, which of them each one is, and how often each occurs."""
+        return self._empty(t.numel()).to(t.dtype), self._empty(*t.shape), self._empty(t.numel())
 
     def _empty(self, *shape: int) -> Tensor:
         with self.fake:
