@@ -110,3 +110,12 @@ def test_preferences_stand_on_the_instructions_of_rewrites():
     mixed = [row["chosen"] if i % 2 else "" for i, row in enumerate(rows)]
     mean = sum(reward(r["prompt"], r["chosen"]) for r in rows[1::2]) / len(rows)
     assert rows.score(mixed)["reward"] == pytest.approx(mean)
+
+
+def test_answered_examples_before_a_prompt_do_not_change_its_reward():
+    task = tasks.task("prefer")
+    rows = task.rows("test")[:20]
+    shots = "".join(f"{row['prompt']}{row['chosen']}\n\n" for row in task.rows("train")[:3])
+    longer = [row | {"prompt": shots + row["prompt"]} for row in rows]
+    for answers in ([row["chosen"] for row in rows], [row["rejected"] for row in rows]):
+        assert task.score(longer, answers) == task.score(rows, answers)

@@ -91,4 +91,5 @@ def distance(a: str, b: str) -> int:
 
 
 def _right(prompt: str) -> str:
-    return apply(*read(prompt)) or ""
+    """The right answer to what is asked last: answered examples may stand before it."""
+    return apply(*read(prompt.rpartition("\n\n")[2])) or ""
