@@ -23,7 +23,7 @@ from .training.evaluation import choose
 
 SHARE = 0.5  # of the tables that tell methods apart: what stands in fewer is not ranked
 FAR = 10  # times the largest base or the most rows measured, beyond which it is said that nothing is known
-# What papers report and this project has not measured, by objective; {}: whatever the objective.
+# What papers report and this project has not measured, by objective.
 REPORTED = {
     "causal-lm": (
         "with few rows, methods with few parameters need more steps than full fine-tuning until they converge",

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 FILE = "evidence.json"
+REFERENCES = ("full-fine-tuning", "linear-probe", "zero-shot")
 
 
 @functools.cache
@@ -32,9 +33,9 @@ def costs() -> dict[str, dict[str, float]]:
     return _content()["costs"]
 
 
-def of(task: str, methods: tuple[str, ...] = ("full-fine-tuning", "linear-probe", "zero-shot")) -> list[dict[str, Any]]:
+def of(task: str) -> list[dict[str, Any]]:
     """What a task names as its published references: these rows of its tables with the default knobs."""
-    return [r for t in tables() if t["task"] == task and not t["knobs"] for r in t["rows"] if r["method"] in methods]
+    return [r for t in tables() if t["task"] == task and not t["knobs"] for r in t["rows"] if r["method"] in REFERENCES]
 
 
 def _content() -> dict[str, Any]:

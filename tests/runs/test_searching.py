@@ -64,6 +64,9 @@ def test_what_a_supernet_found_is_trained_anew_within_the_limit(bases, reviews, 
     monkeypatch.setattr(supernets, "train", lambda *args, **kwargs: pytest.fail("it was trained again"))
     again = graft.search(bases / "bert", reviews, **given, resume=True)
     assert again.supernet == found.supernet and len(here) == 4
+    assert json.loads((found.folder / "results.json").read_text())["supernet"] == found.supernet
+    with pytest.raises(GraftError, match="noah has a space of its own"):
+        graft.search(bases / "bert", reviews, **given | {"space": SPACE})
 
 
 def test_a_small_space_is_tried_whole_and_what_is_too_large_is_never_started(bases, reviews, here, tmp_path):

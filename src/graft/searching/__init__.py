@@ -131,6 +131,8 @@ def search(
     made = task_of(data, folder, {"validation": validation, "test": test, "columns": columns})
     domains = {"learning_rate": learning_rate, "schedule": schedule}
     supernet = searcher if searcher in oneshot.names() else None
+    if supernet and tuple(space) != SPACE:
+        raise GraftError(f"{supernet} has a space of its own: leave space out, or choose another searcher")
     searched = None if supernet else Space.of(space, domains, load_base(model, dtype=DTYPE).model)
     kind = searchers.find((supernet is None and searcher) or ("config" if len(names) == 1 else "autopeft"))
     common = tuning(
@@ -154,7 +156,7 @@ def search(
         known = {"settings": settings, "supernet": None}
         if supernet:
             known["supernet"] = supernets.train(
-                supernet, common, learning_rate, cap=within.get("parameters"), seed=seeds[0]
+                supernet, common, learning_rate, cap=within.get("parameters"), seed=seeds[0], progress=progress
             )
         plan.write(folder / PLAN, known)
     searched = searched or supernets.space(known["supernet"], domains)

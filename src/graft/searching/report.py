@@ -36,6 +36,7 @@ def write(found: "Search") -> None:
         "settings": found.settings,
         "objective": found.objective,
         "verdict": found.verdict,
+        "supernet": found.supernet,
         "best": found.best,
         "trials": found.rows,
         "runs": [json.loads(r.json()) for r in found.runs],

@@ -16,7 +16,9 @@ from .space import Alternative, Choice, Domain, Member, Space, domain_of
 ROWS = 20  # of the paths that were looked at, kept beside what was found
 
 
-def train(name: str, common: Configuration, rate: float | str, *, cap: float | None, seed: int) -> dict[str, Any]:
+def train(
+    name: str, common: Configuration, rate: float | str, *, cap: float | None, seed: int, progress: bool
+) -> dict[str, Any]:
     """What the one-shot search `name` finds on the train split, as plain data.
 
     common  a configuration, whose base, data, steps and batches are those of the supernet
@@ -27,7 +29,9 @@ def train(name: str, common: Configuration, rate: float | str, *, cap: float | N
         common.training.get("columns"),
         {"learning_rate": domain_of(rate, f"learning_rate={rate}").at(0.5)},
     )
-    training |= {k: common.training[k] for k in ("batch_size", "max_length") if common.training.get(k)}
+    training |= {"progress": progress} | {
+        k: common.training[k] for k in ("batch_size", "max_length") if common.training.get(k)
+    }
     task = tasks.task(common.task, **common.knobs)
     examples = read(train_rows(task, common.train_rows), columns=columns)
     base = load(common)
