@@ -88,25 +88,25 @@ def rank(
             max_length=max_length,
         )  # fmt: skip
     plans = [[_with(c, sizes[0], epochs) for c in plan] for plan in plans]
-    options: dict[str, Any] = {"jobs": jobs, "threads": threads, "progress": progress}
-    tried = pool.run([c for plan in plans for c in plan], folder / "runs", **options)
-    best = {c.base: c for c in chosen(plans, tried)}
-    failures = {r.configuration.base: str(r.reason) for r in tried if r.configuration.base not in best}
-    if not best:
-        raise GraftError(f"no base can be trained: {next(iter(failures.values()))}")
-    found: dict[str, dict[int, float]] = {base: {} for base in best}
-    unit, going = {base: _terms(c, made) for base, c in best.items()}, list(best.values())
-    for now in [sizes[:ACCEPT], *([size] for size in sizes[ACCEPT:])]:
-        for record in pool.run([_with(c, n, epochs) for c in going for n in now], folder / "runs", **options):
-            base = record.configuration.base
-            if record.done:
-                loss = record.metrics["validation"]["loss"]
-                found[base][record.configuration.train_rows or 0] = loss * unit[base]
-            else:
-                failures[base] = str(record.reason)
-        going = [
-            c for c in going if c.base not in failures and _line(found[c.base], delta).accepted == len(found[c.base])
-        ]
+    with pool.forks(threads) as forks:
+        options: dict[str, Any] = {"jobs": jobs, "threads": threads, "progress": progress, "within": forks}
+        tried = pool.run([c for plan in plans for c in plan], folder / "runs", **options)
+        best = {c.base: c for c in chosen(plans, tried)}
+        failures = {r.configuration.base: str(r.reason) for r in tried if r.configuration.base not in best}
+        if not best:
+            raise GraftError(f"no base can be trained: {next(iter(failures.values()))}")
+        found: dict[str, dict[int, float]] = {base: {} for base in best}
+        unit, going = {base: _terms(c, made) for base, c in best.items()}, list(best.values())
+        for now in [sizes[:ACCEPT], *([size] for size in sizes[ACCEPT:])]:
+            for record in pool.run([_with(c, n, epochs) for c in going for n in now], folder / "runs", **options):
+                base = record.configuration.base
+                if record.done:
+                    loss = record.metrics["validation"]["loss"]
+                    found[base][record.configuration.train_rows or 0] = loss * unit[base]
+                else:
+                    failures[base] = str(record.reason)
+            left = [c for c in going if c.base not in failures]
+            going = [c for c in left if _line(found[c.base], delta).accepted == len(found[c.base])]
     ranked = []
     for base in dict.fromkeys(models):
         failure = failures.get(base)

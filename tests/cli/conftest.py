@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from graft.cli import run
+from graft.runs import pool
+from graft.runs.single import perform
+from graft.runs.store import Store
 from models import tokenizer
 
 
@@ -88,3 +91,16 @@ def classifier(house) -> Path:
     )
     assert code == 0
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process."""
+
+    def run(configurations, folder, **options):
+        for c in configurations:
+            if Store(folder).get(c) is None:
+                Store(folder).put(perform(c))
+        return [Store(folder).get(c) for c in configurations]
+
+    monkeypatch.setattr(pool, "run", run)

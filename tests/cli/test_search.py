@@ -4,24 +4,7 @@ import json
 
 import pytest
 
-from graft.runs import pool
-from graft.runs.single import perform
-from graft.runs.store import Store
-
 FACTS = "task:answers,people=4,strangers=1,edits=2,forget=1"
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs in this process."""
-
-    def run(configurations, folder, **options):
-        for c in configurations:
-            if Store(folder).get(c) is None:
-                Store(folder).put(perform(c))
-        return [Store(folder).get(c) for c in configurations]
-
-    monkeypatch.setattr(pool, "run", run)
 
 
 def test_a_search_is_made_shown_and_gone_on_with(graft, house, tmp_path, here):
