@@ -71,7 +71,7 @@ def engine(monkeypatch, tmp_path):
 
     def run(work, fate, **options):
         monkeypatch.setattr(engine, "made", stand_in(tmp_path, work, fate))
-        engine.run(work, tmp_path / "store", jobs=2, threads=1, tell=False, **options)
+        engine.run(work, tmp_path / "store", threads=1, tell=False, **{"jobs": 2, **options})
         return [float(line) for line in (tmp_path / "begun").read_text().split()], Store(tmp_path / "store").records()
 
     return run
@@ -103,7 +103,7 @@ def test_a_run_that_always_kills_its_worker_is_a_record_and_the_others_go_on(eng
 def test_the_worse_half_is_stopped_early(engine):
     rates = "|".join(str(r) for r in np.linspace(0.05, 0.5, 6).round(3))
     work = study(Space.of(["lora"], {"learning_rate": rates}), 6)
-    _, records = engine(work, "none", scheduler="asha")
+    _, records = engine(work, "none", scheduler="asha", jobs=1)  # one after the other, always the same ones are stopped
     stopped = {r.configuration.training["learning_rate"] for r in records if not r.done}
     assert stopped and all("stopped by the scheduler after" in r.reason for r in records if not r.done)
     assert 0.05 not in stopped and 0.5 in stopped and len(records) == 6
