@@ -29,7 +29,7 @@ class Fitted(NamedTuple):
     """steps     of every run
     unfit     contestants that failed, and why
     screened  one row a contestant that was screened, the best one first: method, loss (validation, at the best rate),
-              learning_rate, step (seconds), compared (whether it goes on)
+              learning_rate, tried (rates), step (seconds), compared (whether it goes on)
     """
 
     steps: int
@@ -90,47 +90,57 @@ class Fitting:
         raise GraftError(f"no contestant can be trained: {next(iter(self.unfit.values()))}")
 
     def _screened(self, first: Sequence[Configuration], trial: Record, all_of_them: Sequence[Cost]) -> Fitted:
-        """Every method with each of its rates for a few steps; of the best ones by the validation loss, as many are
-        compared as fit with MORE times these steps."""
+        """Every method for a few steps, first with the rate in the middle, then the best ones with their other rates,
+        for half of the time that the controls leave; of the best ones by the validation loss, as many are compared as
+        fit with MORE times these steps."""
         known = [plan for plan in self.trained if name(plan[0]) not in self.unfit]
         controls = [plan for plan in known if plan[0].method in CONTROLS]
-        others = [plan for plan in known if plan[0].method not in CONTROLS]
-        cost, jobs = Cost.of(trial, 0), self.options["jobs"]
+        others = {name(plan[0]): plan for plan in known if plan[0].method not in CONTROLS}
+        jobs = self.options["jobs"]
         if len(others) < 2:
             raise budget.too_small(all_of_them, self.seconds, self._spent(), jobs)
         (quick,) = self._run("screening", [look(first[0])])
-        each = quick.seconds["in_all"]
-        needs = each * sum(map(len, others)) + budget.needed(self._costs(cost, [*controls, others[0]]), self._enough)
+        own, each = _Split.of(trial, quick), quick.seconds["in_all"]
+        always = [cost for plan in controls for cost in own.costs(plan, self)]
+        always.append(Cost(own.tuning, 0.0, self.untrained * (1 + self.seeds)))
+        least = [*always, *own.costs(next(iter(others.values())), self)]
+        needs = budget.needed(least, self._enough) + each * len(others)
         if needs > self._left():
             raise budget.too_small(all_of_them, self.seconds, self._spent(), jobs, needs)
+        spare = self._left() - budget.needed(least, self._enough)
+        until = time.monotonic() + max(spare / 2, each * len(others)) / jobs
         limit = max(SLOW * each, PATIENCE)
-        looks = self._run("screening", [look(_usual(plan)) for plan in others], limit)
-        alive = [plan for plan, record in zip(others, looks) if record.done]
-        looks += self._run("screening", [look(c) for plan in alive for c in plan if c != _usual(plan)], limit)
-        rows = _ranked(looks)
+        looks = self._run("screening", [look(_usual(plan)) for plan in others.values()], limit, until)
+        order = {row["method"]: None for row in _ranked(looks)} | {name(r.configuration): None for r in looks if r.done}
+        rest = [look(c) for method in order for c in others[method] if c != _usual(others[method])]
+        looks += self._run("screening", rest, limit, until)
+        rows, seen = _ranked(looks), {name(r.configuration): r for r in looks}
         placed = {row["method"] for row in rows}
-        self._leave_out([r for r in looks if name(r.configuration) not in placed])
+        self._leave_out([r for method, r in seen.items() if method not in placed])
+        self.unfit |= dict.fromkeys(others.keys() - seen.keys(), "the time for the screening was over")
         if not rows:
             raise GraftError(f"no method can be trained: {next(iter(self.unfit.values()))}")
-        by_name = {name(plan[0]): plan for plan in others}
-        ranked = [by_name[row["method"]] for row in rows]
-        (tried,) = self._run("short runs", [self._short(ranked[0])])
-        dear = max(cost.fixed, Cost.of(tried, 0).fixed)
-        costs = [Cost(dear, row["step"], self._count(plan)) for row, plan in zip(rows, ranked)]
-        shared = self._costs(cost, controls)
-        fit = (n for n in range(len(costs), 1, -1) if self._steps([*shared, *costs[:n]]) >= self._enough)
-        count = next(fit, 1)
-        if not (steps := self._steps([*shared, *costs[:count]])):
-            raise budget.too_small([*shared, *costs[:1]], self.seconds, self._spent(), jobs)
+        best = others[rows[0]["method"]]
+        (tried,) = self._run("short runs", [self._short(best)])
+        dear = own.most(_Split.of(tried, seen[name(best[0])]))
+        costs = [dear._replace(step=row["step"]).costs(others[row["method"]], self) for row in rows]
+        found = 0
+        for count in range(len(costs), 0, -1):
+            found = self._steps([*always, *(cost for of in costs[:count] for cost in of)])
+            if found >= self._enough:
+                break
+        steps = max(found, min(TRIAL, self._enough))  # what was screened is compared, even if it takes a little longer
         return Fitted(steps, self.unfit, [row | {"compared": n < count} for n, row in enumerate(rows)])
 
     @property
     def _enough(self) -> int:
         return min(MORE * TRIAL, self.at_most or MORE * TRIAL)
 
-    def _run(self, phase: str, wanted: Sequence[Configuration], limit: float | None = None) -> list[Record]:
+    def _run(
+        self, phase: str, wanted: Sequence[Configuration], limit: float | None = None, until: float | None = None
+    ) -> list[Record]:
         self.live.expect(phase, wanted)
-        return pool.run(wanted, self.store, limit=limit, **self.options)
+        return pool.run(wanted, self.store, limit=limit, until=until, **self.options)
 
     def _leave_out(self, records: Sequence[Record]) -> None:
         self.unfit |= {name(r.configuration): r.reason or "its loss is not a number" for r in records}
@@ -155,6 +165,27 @@ class Fitting:
 
     def _steps(self, costs: Sequence[Cost]) -> int:
         return budget.steps(costs, self._left(), self.at_most)
+
+
+class _Split(NamedTuple):
+    """Seconds beside the steps of a run that tries a rate, and of one that is final, and seconds of a step."""
+
+    tuning: float
+    final: float
+    step: float
+
+    @classmethod
+    def of(cls, short: Record, quick: Record) -> "_Split":
+        """From a short run, which measures three splits where others measure two, and one that measures none."""
+        fixed, step, _ = Cost.of(short, 0)
+        split = short.seconds.get("measuring", 0.0) / 3
+        return cls(min(Cost.of(quick, 0).fixed + 2 * split, fixed), fixed - split, step)
+
+    def most(self, other: "_Split") -> "_Split":
+        return _Split(max(self.tuning, other.tuning), max(self.final, other.final), self.step)
+
+    def costs(self, plan: Sequence[Configuration], of: Fitting) -> list[Cost]:
+        return [Cost(self.tuning, self.step, len(plan)), Cost(self.final, self.step, of.seeds * (1 + of.sizes))]
 
 
 def training(c: Configuration, **changes: Any) -> Configuration:
@@ -185,5 +216,5 @@ def _ranked(looks: Sequence[Record]) -> list[dict[str, Any]]:
     ]  # fmt: skip
     best: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: (row["loss"], row["method"])):
-        best.setdefault(row["method"], row)
+        best.setdefault(row["method"], row | {"tried": sum(other["method"] == row["method"] for other in rows)})
     return list(best.values())

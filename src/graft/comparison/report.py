@@ -48,9 +48,10 @@ FEWER = (
     "parts of larger ones."
 )
 SCREENING = (
-    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with each of its "
-    f"rates, with one seed, and measured on at most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, "
-    "which are compared above. What is left out is not shown to be worse."
+    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with the rate in the "
+    "middle of its grid, and, the best ones first, with its other rates as long as there was time; with one seed, and "
+    f"measured on at most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. "
+    "What is left out is not shown to be worse."
 )
 GUARD = (
     "One validation set chose every rate, so its best score flatters. Thresholdout (Dwork et al., 2015) answers with "
@@ -291,12 +292,12 @@ def _guard(rows: Sequence[Mapping[str, Any]]) -> str:
 def _screened(rows: Sequence[Mapping[str, Any]]) -> str:
     body = [
         f"<tr><td{BEST if r['compared'] else ''}>{escape(r['method'])}</td><td>{r['loss']:.4f}</td>"
-        f"<td>{r['learning_rate']:g}</td><td>{r['step'] / 1e-3:,.1f}</td></tr>"
+        f"<td>{r['learning_rate']:g}</td><td>{r['tried']}</td><td>{r['step'] / 1e-3:,.1f}</td></tr>"
         for r in rows
     ]
     if not body:
         return ""
-    names = ("method", "validation loss", "learning rate", "time of a step (ms)")
+    names = ("method", "validation loss", "learning rate", "rates tried", "time of a step (ms)")
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     return f"<h2>Screening</h2>\n<p>{SCREENING}</p>{_grid(head, body)}"
 

@@ -39,6 +39,7 @@ def run(
     threads: int = 1,
     retry: bool = False,
     limit: float | None = None,
+    until: float | None = None,
     progress: bool | Tell = True,
     within: Forks | None = None,
 ) -> list[Record]:
@@ -48,6 +49,7 @@ def run(
     threads   of each of them
     retry     make those again that failed
     limit     seconds that a run may take: then it is ended, and failed
+    until     a time of `time.monotonic`, after which no run begins: those have no record
     progress  show on stderr how far it is; or what to call with the configurations that run, and a record that came
     within    what `forks` gave, for several calls; the threads are then those
 
@@ -60,6 +62,8 @@ def run(
     own = nullcontext(within) if within else forks(threads)
     with _bar(len(missing), progress) as tell, tempfile.TemporaryDirectory() as place, own as source:
         while waiting or running:
+            if until is not None and time.monotonic() >= until:
+                waiting.clear()
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop(0), store, source, Path(place)))
                 tell([c.configuration for c in running], None)
