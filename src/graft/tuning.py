@@ -2,7 +2,8 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ from .training import Result, fit, objectives, predict
 from .training.batches import Plan
 from .training.data import Examples, read, take
 from .training.evaluation import choose, length
+
+HEAD = 0.02  # standard deviation with which transformers draws the weights of new heads
 
 
 @dataclass
@@ -130,6 +133,7 @@ def adapt(
     chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
     if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
         raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
+    new = [base.model.get_submodule(path) for path in base.heads]
     for name, recipe in chain.items():
         cls, where, stats = recipe.method, targets.get(name) if isinstance(targets, Mapping) else targets, None
         if where is None and cls.targets == "head" and base.heads:
@@ -138,10 +142,26 @@ def adapt(
         asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
         if needs := sorted({need for some in asked for need in some}):
             batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-            stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
+            with _drawn(new, seed):
+                stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
         whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
         made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
     return made
+
+
+@contextmanager
+def _drawn(heads: Sequence[nn.Module], seed: int) -> Iterator[None]:
+    """Draw what is zero in new heads, as transformers does: no gradient would pass them. They are zero again after."""
+    zero = [p for head in heads for p in head.parameters() if p.ndim > 1 and not p.any()]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for p in zero:
+            p.normal_(std=HEAD)
+    try:
+        yield
+    finally:
+        for p in zero:
+            p.detach().zero_()
 
 
 def _named(recipes: list[Recipe]) -> dict[str, Recipe]:

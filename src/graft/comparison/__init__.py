@@ -133,9 +133,9 @@ def compare(
     no-op, the base whose new head is not trained. A method that is not shown to beat a control is marked so.
 
     With a budget that is too small for 8 steps of every run, the methods are screened for half of the time that the
-    controls leave: 8 steps with the rate in the middle of the grid, then, the best ones first, with the other rates;
-    judged by the loss on at most 128 rows of the validation split. The best ones are compared with the controls, as
-    many as fit with 32 steps or more. What is left out is not shown to be worse.
+    controls leave: 8 steps with the highest rate, then, the best ones first, with the other rates; judged by the loss
+    on at most 128 rows of the validation split. The best ones are compared with the controls, as many as fit with 32
+    steps or more. What is left out is not shown to be worse.
 
     A run that fails is a record with the reason, and the others go on. What stopped goes on with `resume`.
 

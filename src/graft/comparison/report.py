@@ -48,10 +48,10 @@ FEWER = (
     "parts of larger ones."
 )
 SCREENING = (
-    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with the rate in the "
-    "middle of its grid, and, the best ones first, with its other rates as long as there was time; with one seed, and "
-    f"measured on at most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. "
-    "What is left out is not shown to be worse."
+    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with its highest "
+    "rate, and, the best ones first, with its other rates as long as there was time; with one seed, and measured on at "
+    f"most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. What is left out "
+    "is not shown to be worse."
 )
 GUARD = (
     "One validation set chose every rate, so its best score flatters. Thresholdout (Dwork et al., 2015) answers with "
