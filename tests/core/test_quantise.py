@@ -59,6 +59,7 @@ def test_an_adapter_learns_beside_the_codes_and_comes_back(scheme, tmp_path):
     adapter = move(graft.attach(made, "lora", rank=2))
     made(tokens()).logits.square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     y = made(tokens()).logits
     adapter.save(tmp_path / "adapter")
     again = graft.quantise(model(), scheme)

@@ -304,7 +304,8 @@ class _Rescale(torch.autograd.Function):
         free, factor = z if b is None else z - b, 1 + gain
         share = (grads[0] * free).sum_to_size(gain.shape) / factor
         to_y = torch.addcmul(grads[0], grads[0], gain.to(z.dtype))
-        return to_y, torch.where(factor == 0, 0, share), None
+        to_b = (grads[0] - to_y).sum_to_size(b.shape) if ctx.needs_input_grad[2] else None
+        return to_y, torch.where(factor == 0, 0, share), to_b
 
 
 class Conv1DSite(LinearSite, hosts=("transformers.pytorch_utils.Conv1D",)):

@@ -13,7 +13,7 @@ from ...core.delta import Delta, Paper, bare_copy
 from ...core.formats import As
 from ...core.formats.lycoris import Lycoris
 from ...core.hyper import Range
-from ...core.site import QuantisedSite, kind_of, site_for
+from ...core.site import kind_of, site_for
 
 
 def _change(name: str) -> tuple:
@@ -66,6 +66,7 @@ class Full(Delta, name="full"):
     )
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
+    on_codes = False
     targets = "head"
     lycoris = _FullLycoris(
         {"copy.weight": As("diff", *_change("weight")), "copy.bias": As("diff_b", *_change("bias"), optional=True)}
@@ -89,10 +90,6 @@ class Full(Delta, name="full"):
             _take_size(self.copy, site.saved)
         if anew is not None and site.saved is None:
             _forget(self.copy, anew)
-
-    @classmethod
-    def refuses(cls, site):
-        return "its weight is quantised" if isinstance(site, QuantisedSite) else None
 
     def forward(self, inner, *args, **kwargs):
         if self.site.kind != "module":

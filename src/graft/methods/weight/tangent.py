@@ -60,6 +60,7 @@ class Tangent(Delta, name="tangent"):
         "Arithmetic in the Tangent Space` report that task vectors learnt so add and subtract better."
     )
     hosts = ("module",)
+    on_codes = False
     passes_x = True
     bare: Any
 
