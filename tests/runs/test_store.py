@@ -40,7 +40,8 @@ def test_a_record_comes_back_as_it_was(tmp_path, metrics, seed, reason, rate):
 def test_whatever_is_another_run_has_another_name():
     other = {"base": "b", "weights": "w", "task": "names", "version": 2, "knobs": {"seed": 1}, "data": "d",
              "method": "dora", "options": {"rank": 2}, "targets": "qv", "seed": 1, "training": {"steps": 4}, "rows": 5,
-             "splits": ("validation", "test"), "train_rows": 5, "also": {"latency": True}, "quantise": "int8"}  # fmt: skip
+             "splits": ("validation", "test"), "train_rows": 5, "also": {"latency": True},
+             "quantise": "int8"}  # fmt: skip
     assert other.keys() == {f.name for f in fields(Configuration)}
     made = [COMMON, *(replace(COMMON, **{name: value}) for name, value in other.items())]
     assert len({c.id for c in made}) == len(made)

@@ -146,8 +146,8 @@ def compare(
     if forgets := _forgetting(forgetting, objective.name):
         also["forgetting"] = forgets
     plans = tuning(
-        made, method=names, base=str(model), quantise=quantise, seed=seeds[0], learning_rates=learning_rates, steps=steps,
-        batch_size=batch_size, max_length=max_length, rows=rows,
+        made, method=names, base=str(model), quantise=quantise, seed=seeds[0], learning_rates=learning_rates,
+        steps=steps, batch_size=batch_size, max_length=max_length, rows=rows,
     )  # fmt: skip
     plans = [[replace(c, splits=("train", "validation")) for c in of] for of in plans]
     settings = plain({
