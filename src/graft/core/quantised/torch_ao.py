@@ -18,14 +18,12 @@ class DynamicSite(QuantisedSite, hosts=("torch.ao.nn.quantized.dynamic.modules.l
     """
 
     passes_gradient = False
+    dtype = torch.float32  # though its scales are float64
 
     @property
     def bias(self):
         own = self.module.bias()
         return own if own is None else own.detach()
-
-    def where(self):
-        return torch.empty(0)  # it computes in float32 from scales in float64
 
     def decode(self):
         return self.module.weight().dequantize()
