@@ -1,5 +1,7 @@
 """What cannot keep within the limits is told before it is started."""
 
+from dataclasses import replace
+
 import pytest
 
 from graft.core.errors import GraftError
@@ -25,6 +27,11 @@ def test_a_run_that_would_take_too_much_has_a_reason(run):
     assert "0.0 MiB are allowed" in str(misfit(run("full-fine-tuning"), memory=2**10))
     assert misfit(run("zero-shot"), memory=1) is None
     assert str(misfit(run("bitfit"), memory=2**30)).startswith("not started: bitfit cannot work at")
+
+
+def test_nothing_is_foretold_of_a_quantised_base(run):
+    with pytest.raises(GraftError, match="on a base quantised by int8 is not known before: leave the limit out"):
+        misfit(replace(run("lora"), quantise="int8"), memory=2**30)
 
 
 def test_the_parameters_are_those_of_the_run(run):

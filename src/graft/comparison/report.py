@@ -126,7 +126,8 @@ def html(found: "Comparison") -> str:
 
 def page(what: str, settings: Mapping[str, Any], parts: Sequence[str]) -> str:
     """A page that needs nothing but itself, with the model and the task in its heading."""
-    name, body = f"{settings['model']} on {settings['task']}", "\n".join(filter(None, parts))
+    model = f"{settings['model']} ({settings['quantise']})" if settings.get("quantise") else settings["model"]
+    name, body = f"{model} on {settings['task']}", "\n".join(filter(None, parts))
     style, script = (
         files("graft.comparison").joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js")
     )

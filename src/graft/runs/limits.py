@@ -27,9 +27,14 @@ def misfit(configuration: Configuration, *, memory: int | None = None, parameter
     memory      bytes that its tensors may take at a time, as `graft.predict_cost` counts them
     parameters  how many numbers it may train
 
-    A control that is not trained fits; a method that cannot be put on the model does not.
+    A control that is not trained fits; a method that cannot be put on the model does not. Raises `GraftError` for a
+    quantised base, of which nothing is known before.
     """
     c = configuration
+    if c.quantise:
+        raise GraftError(
+            f"what a run takes on a base quantised by {c.quantise} is not known before: leave the limit out"
+        )
     if c.method in UNTRAINED:
         return None
     task, training = tasks.task(c.task, **c.knobs), dict(c.training)
