@@ -9,7 +9,7 @@ cannot be run costs nothing. What was found is the point with the best metric on
 flatters it, as that of the best of many does; `again` gives its mean on the test split over three seeds, which is what
 `graft search` reports. Random search gets four times the runs; its figures are its expectations over all orders of the
 points, by counting. Searchers know the tables of other tasks (`graft.evidence`), not those of tasks made of the same
-data as the one that is replayed.
+data as the one that is replayed; with --blind none.
 """
 
 import argparse
@@ -78,10 +78,9 @@ def made(task: str, small: bool, steps: int | None, jobs: int, store: Path) -> N
     for point in space.points():
         c = wanted.get(key(point))
         record = records[c.id] if c else None
-        done = record is not None and record.done
         rows.append({
             "point": plain(point),
-            "metrics": record.metrics["validation"] if done else None,
+            "metrics": record.metrics["validation"] if record and record.done else None,
             "seconds": round(record.seconds["in_all"], 3) if record else 0.0,
             "parameters": record.parameters if record else None,
         })  # fmt: skip
@@ -133,9 +132,9 @@ class Table:
     def test(self, row: dict) -> float | None:
         return statistics.fmean(row["test"]) if "test" in row else None
 
-    def replay(self, name: str, seed: int, runs: int) -> dict[str, Any]:
+    def replay(self, name: str, seed: int, runs: int, blind: bool = False) -> dict[str, Any]:
         """The row that a search finds with so many runs."""
-        known = [t for t in evidence.tables() if t["task"] not in KIN[self.task]]
+        known = [] if blind else [t for t in evidence.tables() if t["task"] not in KIN[self.task]]
         searcher, found = searchers.find(name)(self.space, seed=seed, tables=known), dict[str, dict]()
         for _ in range(VAIN):
             if len(found) == runs or (point := searcher.ask()) is None:
@@ -154,15 +153,14 @@ class Table:
 
 
 def mean(values: Sequence[float | None], weights: Sequence[float] | None = None) -> float | None:
-    """None where one that matters is not known."""
+    """None where more than a hundredth is not known."""
     weights = weights or [1 / len(values)] * len(values)
-    kept = [(v, w) for v, w in zip(values, weights) if w > 1e-3]
-    if any(v is None for v, _ in kept):
-        return None
-    return sum(v * w for v, w in kept if v is not None) / sum(w for _, w in kept)
+    known = [(v, w) for v, w in zip(values, weights) if v is not None]
+    share = sum(w for _, w in known)
+    return sum(v * w for v, w in known) / share if share > 0.99 else None
 
 
-def replayed(names: Sequence[str], runs: int, seeds: int) -> None:
+def replayed(names: Sequence[str], runs: int, seeds: int, blind: bool) -> None:
     for table in (Table(place) for place in sorted(FOLDER.glob("*.json"))):
         print(f"\n{table.name}, {table.metric}: {len(table.ranked)} points can be run; "
               f"the best has {abs(table.worth(table.ranked[0])):.4f}")  # fmt: skip
@@ -173,7 +171,7 @@ def replayed(names: Sequence[str], runs: int, seeds: int) -> None:
             values = mean([abs(table.worth(r)) for r in rows], chance), mean([table.test(r) for r in rows], chance)
             print(f"{'random':10} {times * runs:5} {figure(values[0]):>9} {'':9} {figure(values[1]):>8}")
         for name in names:
-            found = [table.replay(name, seed, runs) for seed in range(seeds)]
+            found = [table.replay(name, seed, runs, blind) for seed in range(seeds)]
             own = [abs(table.worth(row)) for row in found]
             shown = mean(own), mean(own[:FEW]), mean([table.test(row) for row in found])
             print(f"{name:10} {runs:5} {figure(shown[0]):>9} {figure(shown[1]):>9} {figure(shown[2]):>8}")
@@ -200,13 +198,14 @@ def main() -> None:
     replay.add_argument("--searchers", default="config,autopeft,carbs,tpe,gp")
     replay.add_argument("--runs", type=int, default=16)
     replay.add_argument("--seeds", type=int, default=SEEDS)
+    replay.add_argument("--blind", action="store_true", help="searchers know nothing of other tasks")
     given = parser.parse_args()
     if given.command == "table":
         made(given.task, given.small, given.steps, given.jobs, given.store)
     elif given.command == "again":
         again(given.task, given.count, given.jobs, given.store)
     else:
-        replayed(given.searchers.split(","), given.runs, given.seeds)
+        replayed(given.searchers.split(","), given.runs, given.seeds, given.blind)
 
 
 if __name__ == "__main__":

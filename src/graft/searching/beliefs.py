@@ -14,12 +14,14 @@ class Beliefs:
     """From tables as `graft.evidence.tables` gives them: of each method the learning rate that was best in each table,
     and whether it could be told from the best there. The density of the best point is, up to a factor,
 
-        pi(x) = q(method) N(log10(rate); m(method), s^2(method))
+        pi(x) = q / (s (1 + u^2))   where   u = (log10(rate) - m) / s
 
-    For a method that is in n tables m is the mean of its log10(rate), and s^2 = v (1 + 1/n) with v the variance within
-    methods, the same for all. For one that is in none m is the mean over the k methods, and s^2 = b (1 + 1/k) + v with
-    b the variance between their means. q = (ties + 1) / (n + 2); for one that is in none, the mean over the methods. A
-    chain has the means over its methods. Full fine-tuning and the other references count as no method.
+    with q, m and s of its method: a Cauchy density, whose tails are heavy, for other models than those measured may
+    want very different rates. For a method that is in n tables m is the mean of its log10(rate), and
+    s^2 = v (1 + 1/n) with v the variance within methods, the same for all. For one that is in none m is the mean over
+    the k methods, and s^2 = b (1 + 1/k) + v with b the variance between their means. q = (ties + 1) / (n + 2); for one
+    that is in none, the mean over the methods. A chain has the means over its methods. Full fine-tuning and the other
+    references count as no method.
 
     Tables in which no method has two different rates, or which have one method only, say nothing: pi is 1 everywhere.
     """
@@ -52,7 +54,8 @@ class Beliefs:
         mean, variance, q = self._of(point)
         if not variance or "learning_rate" not in point:
             return math.log(q)
-        return math.log(q) - 0.5 * ((math.log10(point["learning_rate"]) - mean) ** 2 / variance + math.log(variance))
+        squared = (math.log10(point["learning_rate"]) - mean) ** 2 / variance
+        return math.log(q) - 0.5 * math.log(variance) - math.log1p(squared)
 
     def offset(self, point: Point) -> float:
         """log10 of the learning rate less that which is usual for the method, in deviations within methods: a rate that

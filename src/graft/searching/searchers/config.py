@@ -9,7 +9,7 @@ from ..space import Point
 
 WIDTH = 2.0  # sqrt(beta): standard deviations from the mean to the lower bound
 SURE = 3.0  # of the bound that declares the limits impossible
-TRUST = 10.0  # beta of the beliefs: after so many trials they weigh as much as one standard deviation of the losses
+TRUST = 10.0  # beta: after so many points, a factor e of pi weighs as much as one standard deviation of the losses
 
 
 class Config(Modelled):
@@ -22,8 +22,8 @@ class Config(Modelled):
     is that none does. Without limits and beliefs this is GP-LCB.
 
     pi is what is believed of the best point before the search (`Beliefs`), and counts for less the more points n are
-    known: with d the standard deviation of the losses, exp(-bound / d) pi^(beta / n) is the decaying prior of piBO about
-    this bound instead of the expected improvement; beta = 10 as in an implementation of its authors' (NePS).
+    known: with d the standard deviation of the losses, exp(-bound / d) pi^(beta / n) is maximised, the decaying prior of
+    piBO about this bound instead of the expected improvement; beta = 10 as in the library NePS.
 
     Constrained Efficient Global Optimization of Expensive Black-box Functions. Xu et al., 2023.
     https://arxiv.org/abs/2211.00162
