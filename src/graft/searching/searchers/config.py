@@ -22,8 +22,8 @@ class Config(Modelled):
     is that none does. Without limits and beliefs this is GP-LCB.
 
     pi is what is believed of the best point before the search (`Beliefs`), and counts for less the more points n are
-    known: with d the standard deviation of the losses, exp(-bound / d) pi^(beta / n) is maximised, the decaying prior of
-    piBO about this bound instead of the expected improvement; beta = 10 as in the library NePS.
+    known: with d the standard deviation of the losses, exp(-bound / d) pi^(beta / n) is as large as can be, which is
+    piBO with this bound instead of the expected improvement; beta = 10 as in the library NePS.
 
     Constrained Efficient Global Optimization of Expensive Black-box Functions. Xu et al., 2023.
     https://arxiv.org/abs/2211.00162
