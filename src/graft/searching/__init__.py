@@ -161,7 +161,7 @@ def search(
             )
         plan.write(folder / PLAN, known)
     searched = searched or supernets.space(known["supernet"], domains)
-    tables = evidence.tables() if names[0] in ("quality", "loss") else []
+    tables = evidence.tables() if {"quality", "loss"} & {*names} else []  # what they speak of
     asked = kind(searched, seed=seeds[0], objectives=len(names), limits=tuple(within), tables=tables)
     if trials is None and budget is None:
         trials = 32
