@@ -3,7 +3,7 @@
 graft.search("graft:seedling", "task:rewrites", space=["lora(rank=2|4|8|16)", "ia3"], budget="20m")
 
 space      what is searched, and how a point of it becomes a run
-searchers  which point comes next, one file each
+searchers  which point comes next, one file each; beliefs: what other tasks say of that
 oneshot    supernets, which find methods and sizes in one run; supernets: that as the first half of a search
 fits       what is known of a run before it starts
 outcome    what a run was worth: objectives and limits
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import evidence
 from ..catalogue import plain
 from ..comparison import budget as budgets
 from ..comparison import task_of
@@ -163,7 +164,8 @@ def search(
             )
         plan.write(folder / PLAN, known)
     searched = searched or supernets.space(known["supernet"], domains)
-    asked = kind(searched, seed=seeds[0], objectives=len(names), limits=tuple(within))
+    tables = evidence.tables() if {"quality", "loss"} & {*names} else []  # what they speak of
+    asked = kind(searched, seed=seeds[0], objectives=len(names), limits=tuple(within), tables=tables)
     if trials is None and budget is None:
         trials = 32
     left = None if time_for_all is None else time_for_all - (time.monotonic() - began)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .beliefs import Beliefs
 from .gaussian import GaussianProcess
 from .searchers import Remembering
 from .space import Point
@@ -10,11 +11,16 @@ FIRST = 4  # points drawn before there is a model
 
 
 class Modelled(Remembering):
-    """Points are drawn until there are enough good outcomes for a model; then `model` chooses.
+    """Points are drawn until there are enough good outcomes for a model; then `model` chooses. What other tasks say of
+    the best point, see `Beliefs`, is what the first points are drawn by, and a dimension of the model.
 
     Runs without a result count as bad as the worst one that has a result. What is waited for counts as what the model
     says of it (the "Kriging believer" of Ginsbourger et al., 2010), so that several points asked for together differ.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beliefs = Beliefs(self.space, self.tables)
 
     def model(self, points: list[Point], x: np.ndarray, fit: "Fitted") -> Point | None:
         """One of these points, whose encodings are x; or None, with a verdict."""
@@ -22,15 +28,28 @@ class Modelled(Remembering):
 
     def propose(self, points: list[Point]) -> Point | None:
         if sum(o.losses is not None for _, o in self.told) < FIRST:
-            return points[0]
+            return self.drawn(points)
         return self.model(points, self.encoded(points), Fitted(self))
+
+    def drawn(self, points: list[Point]) -> Point:
+        """One of these as likely as it is believed to be the best; without beliefs, the first one."""
+        if not self.beliefs:
+            return points[0]
+        share = self.density(points)
+        share = np.exp(share - share.max())
+        return points[self.rng.choice(len(points), p=share / share.sum())]
+
+    def density(self, points: list[Point]) -> np.ndarray:
+        """Logarithms of what is believed before the search."""
+        return np.array([self.beliefs.density(p) for p in points])
 
     def origins(self) -> list[Point]:
         good = [(p, o) for p, o in self.told if o.losses is not None]
         return [p for p, _ in sorted(good, key=lambda e: (not e[1].feasible, e[1].losses))[:4]]
 
     def encoded(self, points: list[Point]) -> np.ndarray:
-        return np.stack([self.space.encode(p) for p in points])
+        found = np.stack([self.space.encode(p) for p in points])
+        return np.c_[found, [self.beliefs.offset(p) for p in points]] if self.beliefs else found
 
 
 class Fitted:

@@ -13,6 +13,7 @@ gives every block a switch, and `in any 4 blocks` every four of them. A value 0 
 rank=0, leaves the method out there.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -220,16 +221,30 @@ class Space:
 
     def encode(self, point: Point) -> np.ndarray:
         """A point as numbers in [0, 1]: shares, 1/2 for what it has not; one number a value where there is no order,
-        two different ones being 1 apart."""
-        found: list[float] = []
-        for name, d in self.dimensions.items():
-            if fixed(d.domain):
-                continue
-            if d.domain.ordered or len(d.domain.values or ()) == 2:
-                found.append(d.domain.share(point[name]) if name in point else 0.5)
-            else:
-                found += [(point.get(name) == v) / math.sqrt(2) for v in d.domain.values or ()]
-        return np.array(found or [0.0])
+        two different ones being 1 apart. Options with the same name and the same values, a rank of one method and that
+        of another, are one number."""
+        found = dict(self._columns)
+        for name, value in point.items():
+            column, number = self._number(name, value)
+            if column in found:
+                found[column] = number
+        return np.array(list(found.values()) or [0.0])
+
+    @functools.cached_property
+    def _columns(self) -> dict[tuple, float]:
+        """What `encode` gives where a point has nothing."""
+        varied = [(name, d.domain) for name, d in self.dimensions.items() if not fixed(d.domain)]
+        return {
+            self._number(name, value)[0]: 0.5 if domain.ordered else 0.0
+            for name, domain in varied
+            for value in domain.values or (domain.at(0.5),)
+        }
+
+    def _number(self, name: str, value: Any) -> tuple[tuple, float]:
+        """Which number of `encode` a value of a dimension is, and what it is there."""
+        d = self.dimensions[name]
+        option = name.removeprefix(f"{d.owner}.")
+        return ((option, d.domain), d.domain.share(value)) if d.domain.ordered else ((option, value), math.sqrt(0.5))
 
     def configuration(self, point: Point, common: Configuration) -> Configuration:
         """The run of a point; what the space does not say is as in `common`."""

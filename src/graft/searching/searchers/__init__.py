@@ -9,8 +9,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,19 +29,23 @@ class Searcher(ABC):
     space       what is searched
     seed        of all that is drawn: with equal answers, equal points are asked for
     objectives  how many there are; limits: names of what must be kept to
+    tables      of other tasks, as `graft.evidence.tables` has them, for those searchers that begin with what is known
     verdict     why there is no more to ask for, once `ask` gave None
     """
 
     name: ClassVar[str]
     most: ClassVar[int | None] = None  # objectives that it can take
 
-    def __init__(self, space: Space, *, seed: int = 0, objectives: int = 1, limits: tuple[str, ...] = ()):
+    def __init__(
+        self, space: Space, *, seed: int = 0, objectives: int = 1, limits: tuple[str, ...] = (),
+        tables: Sequence[Mapping[str, Any]] = (),
+    ):  # fmt: skip
         if self.most is not None and objectives > self.most:
             others = sorted(n for n, s in SEARCHERS.items() if s.most is None or s.most >= objectives)
             count = f"{self.most} objective{'s' * (self.most > 1)}"
             raise GraftError(f"the searcher {self.name} takes {count}, not {objectives}: choose {' or '.join(others)}")
         self.space, self.rng = space, np.random.default_rng(seed)
-        self.seed, self.objectives, self.limits = seed, objectives, limits
+        self.seed, self.objectives, self.limits, self.tables = seed, objectives, limits, tables
         self.verdict: str | None = None
 
     def __init_subclass__(cls, **kwargs):
