@@ -1,16 +1,18 @@
 """What a run may take, asked before it is started."""
 
 import re
+from typing import Any
 
 from .. import tasks
 from ..core.errors import GraftError
+from ..models import Base
 from ..prediction import predict_cost
 from ..training.data import read
 from .configuration import Configuration
 from .single import DTYPE, UNTRAINED, recipes, train_rows
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-METHODS = {"full-fine-tuning": None, "linear-probe": "full"}  # the controls that are trained, as `graft.tune` has them
+CONTROLS = {"full-fine-tuning": None, "linear-probe": "full"}  # the controls that are trained, as methods
 
 
 def size(text: str) -> int:
@@ -21,11 +23,8 @@ def size(text: str) -> int:
     return int(float(form[1]) * UNITS[form[2]])
 
 
-def misfit(configuration: Configuration, *, memory: int | None = None, parameters: int | None = None) -> str | None:
-    """Why a run is not to be started, or None if it keeps within the limits.
-
-    memory      bytes that its tensors may take at a time, as `graft.predict_cost` counts them
-    parameters  how many numbers it may train
+def misfit(configuration: Configuration, *, memory: int) -> str | None:
+    """Why a run is not to be started, or None if it keeps within so many bytes of memory, see `excess`.
 
     A control that is not trained fits; a method that cannot be put on the model does not.
     """
@@ -35,18 +34,23 @@ def misfit(configuration: Configuration, *, memory: int | None = None, parameter
     task, training = tasks.task(c.task, **c.knobs), dict(c.training)
     examples = read(train_rows(task, c.train_rows), columns=training.pop("columns", None))
     try:
-        chain = [] if c.method in METHODS else recipes(c)
-        method = METHODS[c.method] if not chain else chain[0] if len(chain) == 1 else chain
-        cost = predict_cost(
-            c.base, examples, method=method, targets=c.targets, dtype=DTYPE, seed=c.seed, measure=False, **training
-        )
+        why = excess(
+            c.base, examples, memory, method=CONTROLS[c.method] if c.method in CONTROLS else recipes(c),
+            targets=c.targets, dtype=DTYPE, seed=c.seed, **training,
+        )  # fmt: skip
     except GraftError as error:
-        return f"not started: {error}"
-    if memory is not None and (most := max(cost.peak, cost.start)) > memory:
-        return f"not started: it would take {_words(most)} of memory, and {_words(memory)} are allowed"
-    if parameters is not None and cost.parameters > parameters:
-        return f"not started: it would train {cost.parameters:,} parameters, and {parameters:,} are allowed"
-    return None
+        why = str(error)
+    return why and f"not started: {why}"
+
+
+def excess(model: str | Base, data: Any, memory: int, **run: Any) -> str | None:
+    """Why a run would need more than so many bytes of memory, or None if it would not.
+
+    Counted are its tensors, as `graft.predict_cost` does, which takes `run`.
+    """
+    cost = predict_cost(model, data, measure=False, **run)
+    most = max(cost.peak, cost.start)
+    return None if most <= memory else f"it would take {_words(most)} of memory, and {_words(memory)} are allowed"
 
 
 def _words(count: int) -> str:
