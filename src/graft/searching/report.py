@@ -1,22 +1,17 @@
 """What a search leaves: results.json and report.html, which needs nothing but itself."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..catalogue import plain
 from ..comparison.charts import Point, Series, lines, scatter
-from ..comparison.report import page
-from ..core import disk
+from ..comparison.report import leave, page
 from ..runs.summary import measured
-from ..version import __version__
 
 if TYPE_CHECKING:
     from . import Search
 
-FORMAT = 1
 FIGURES = {
     "quality": ("", 1.0, "{:.4g}"),
     "loss": ("", 1.0, "{:.4g}"),
@@ -30,19 +25,13 @@ WORDS = ("configuration", "targets", "")  # heads of columns of text
 
 def write(found: "Search") -> None:
     """The files of a search, each of them whole."""
-    content = {
-        "format": FORMAT,
-        "graft": __version__,
-        "settings": found.settings,
+    leave(found, html(found), {
         "objective": found.objective,
         "verdict": found.verdict,
         "supernet": found.supernet,
         "best": found.best,
         "trials": found.rows,
-        "runs": [json.loads(r.json()) for r in found.runs],
-    }
-    disk.replace(found.folder / "results.json", f"{json.dumps(plain(content), indent=1)}\n".encode())
-    disk.replace(found.folder / "report.html", html(found).encode())
+    })  # fmt: skip
 
 
 def html(found: "Search") -> str:
