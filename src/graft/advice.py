@@ -14,6 +14,7 @@ from .core.errors import GraftError
 from .core.hyper import Range
 from .core.names import SHIPPED
 from .models import Base, architecture, load_base
+from .prediction import predict_cost
 from .runs import limits
 from .runs.single import UNTRAINED
 from .training import objectives
@@ -215,7 +216,10 @@ def _excluded(r: Recommendation, parameters: int | None, mergeable: bool, slower
 
 def _too_large(base: Base, examples: Any, name: str, memory: int) -> str | None:
     try:
-        return limits.excess(base, examples, memory, method=limits.CONTROLS.get(name, name), objective=base.objective)
+        cost = predict_cost(
+            base, examples, method=limits.CONTROLS.get(name, name), objective=base.objective, measure=False
+        )
+        return limits.excess(cost, memory)
     except GraftError as error:
         return str(error)
 

@@ -1,12 +1,10 @@
 """What a run may take, asked before it is started."""
 
 import re
-from typing import Any
 
 from .. import tasks
 from ..core.errors import GraftError
-from ..models import Base
-from ..prediction import predict_cost
+from ..prediction import Cost, predict_cost
 from ..training.data import read
 from .configuration import Configuration
 from .single import DTYPE, UNTRAINED, recipes, train_rows
@@ -23,32 +21,36 @@ def size(text: str) -> int:
     return int(float(form[1]) * UNITS[form[2]])
 
 
+def cost(configuration: Configuration) -> Cost:
+    """What a run would cost, from a dry run; not for a control that is not trained.
+
+    Raises `GraftError` for a method that cannot be put on the model.
+    """
+    c = configuration
+    task, training = tasks.task(c.task, **c.knobs), dict(c.training)
+    examples = read(train_rows(task, c.train_rows), columns=training.pop("columns", None))
+    return predict_cost(
+        c.base, examples, method=CONTROLS[c.method] if c.method in CONTROLS else recipes(c), targets=c.targets,
+        dtype=DTYPE, seed=c.seed, measure=False, **training,
+    )  # fmt: skip
+
+
 def misfit(configuration: Configuration, *, memory: int) -> str | None:
-    """Why a run is not to be started, or None if it keeps within so many bytes of memory, see `excess`.
+    """Why a run is not to be started, or None if it keeps within so many bytes of memory.
 
     A control that is not trained fits; a method that cannot be put on the model does not.
     """
-    c = configuration
-    if c.method in UNTRAINED:
+    if configuration.method in UNTRAINED:
         return None
-    task, training = tasks.task(c.task, **c.knobs), dict(c.training)
-    examples = read(train_rows(task, c.train_rows), columns=training.pop("columns", None))
     try:
-        why = excess(
-            c.base, examples, memory, method=CONTROLS[c.method] if c.method in CONTROLS else recipes(c),
-            targets=c.targets, dtype=DTYPE, seed=c.seed, **training,
-        )  # fmt: skip
+        why = excess(cost(configuration), memory)
     except GraftError as error:
         why = str(error)
     return why and f"not started: {why}"
 
 
-def excess(model: str | Base, data: Any, memory: int, **run: Any) -> str | None:
-    """Why a run would need more than so many bytes of memory, or None if it would not.
-
-    Counted are its tensors, as `graft.predict_cost` does, which takes `run`.
-    """
-    cost = predict_cost(model, data, measure=False, **run)
+def excess(cost: Cost, memory: int) -> str | None:
+    """Why a run would need more than so many bytes for its tensors, or None if it would not."""
     most = max(cost.peak, cost.start)
     return None if most <= memory else f"it would take {_words(most)} of memory, and {_words(memory)} are allowed"
 
