@@ -101,7 +101,9 @@ def search(
     test: Annotated[Any, "own data: other data to measure on, or the share to hold out"] = 0.1,
     columns: Annotated[Mapping | None, "own data: {name that is needed: name in the data}"] = None,
     engine: Annotated[str, "where the runs are made: local, or ray"] = "local",
-    scheduler: Annotated[str | None, "with ray: asha or hyperband, which stop bad runs early"] = None,
+    scheduler: Annotated[
+        str | None, "with ray: asha or hyperband, which stop bad runs early; pbt: they go on from better ones"
+    ] = None,
     address: Annotated[str | None, "with ray: of a cluster, such as auto; by default this machine alone"] = None,
     output: Annotated[str | Path, "folder of the records, the results and the report"] = "runs/search",
     resume: Annotated[bool, "go on with the search in that folder: no run is made twice"] = False,

@@ -66,7 +66,7 @@ def _best(found: "Search", metric: str) -> str:
     head += [FIGURES[f][0] for f in ("parameters", "memory", "seconds")]
     body = []
     for b in found.best:
-        cells = [b["title"], _targets(b["targets"]), f"{b['training']['learning_rate']:.3g}"]
+        cells = [b["title"], _targets(b["targets"]), _rate(b["training"])]
         cells += [f"{b['validation'][metric]:.4g}", *(_spread(b["test"].get(m)) for m in names)]
         cells += [_number(f, b[f]) for f in ("parameters", "memory", "seconds")]
         body.append(cells)
@@ -128,6 +128,11 @@ def _called(name: str, metric: str) -> str:
 
 def _number(name: str, value: float | None) -> str:
     return "" if value is None else FIGURES[name][2].format(value / FIGURES[name][1])
+
+
+def _rate(training: Mapping[str, Any]) -> str:
+    changes = training.get("rate_changes", {})
+    return f"{training['learning_rate']:.3g}" + "".join(f", from {at} on times {f:.3g}" for at, f in changes.items())
 
 
 def _targets(targets: Any) -> str:

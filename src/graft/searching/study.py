@@ -99,12 +99,12 @@ class Study:
                 return point, configuration
         return None
 
-    def take(self, record: Record, *, anew: bool) -> Trial:
-        """The record of a run that `next` gave; `anew`: it was made now."""
-        c = record.configuration
+    def take(self, record: Record, *, anew: bool, asked: Configuration | None = None) -> Trial:
+        """The record of a run that `next` gave; `anew`: it was made now; `asked`: what it was before it changed."""
+        c = asked or record.configuration
         point, outcome = self.running.pop(c.id), Outcome.of(record, self.objectives, self.fits.limits)
         self.known[c.id] = outcome
         self.spent += 0.0 if anew else outcome.cost
-        self.trials.append(Trial(point, c, outcome, record))
+        self.trials.append(Trial(point, record.configuration, outcome, record))
         self.searcher.tell(point, outcome)
         return self.trials[-1]
