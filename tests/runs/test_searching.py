@@ -1,13 +1,21 @@
 """The whole of a search on tiny models: the protocol, what is kept, and what is refused."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up import COMMON, record
 
 import graft
+from graft.comparison.budget import SHARE
 from graft.core.errors import GraftError
 from graft.runs.store import Store
-from graft.searching import supernets
+from graft.searching import searchers, supernets
+from graft.searching.fits import Fits
+from graft.searching.space import Space
 from graft.searching.study import Study
 
 SMALL = dict(steps=2, batch_size=4, rows=6, validation=0.25, test=0.25, seeds=(0, 1), progress=False)
@@ -128,6 +136,33 @@ def test_the_time_is_kept_and_what_one_run_costs_is_said(bases, reviews, here, t
     assert not study.over()
     study.spent = 11.0
     assert study.over()
+
+
+@given(seeds=st.integers(1, 4), budget=st.integers(8, 60), objectives=st.sampled_from([("loss",), ("loss", "saved")]))
+def test_the_time_holds_the_last_runs_of_a_whole_front(seeds, budget, objectives):
+    """Runs of a second each, none of which is better than another one in all: a front of all of them."""
+    rates = [0.001 * n for n in range(1, 61)]
+    space = Space.of(["lora"], {"learning_rate": "|".join(f"{r:g}" for r in rates)})
+    now = 100.0
+
+    class All(Fits):
+        def refused(self, configuration):
+            return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        study = Study(space, searchers.find("random")(space, seed=0), COMMON, All(COMMON, {}), objectives,
+                      at_most=None, seconds=(budget + 0.5) / SHARE, reserved=seeds, jobs=1)  # fmt: skip
+        study.expected = 1.0
+        while found := study.next():
+            now += 1.0
+            rate = found[1].training["learning_rate"]
+            made = replace(record(loss=rate), configuration=found[1], adapter_bytes=int(1e6 * (1 - rate)))
+            study.take(replace(made, seconds={"in_all": 1.0}), anew=True)
+    runs, points = len(study.trials), len(study.best())
+    assert points == (runs if len(objectives) > 1 else min(runs, 1))
+    assert runs + seeds * points <= budget  # and one more would not have fitted
+    assert runs + 1 + seeds * (points + 1 if len(objectives) > 1 else 1) > budget or runs == len(rates)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from ..runs.store import Record
 from ..runs.summary import measured, spread
 from . import engines, oneshot, report, searchers, supernets
 from .fits import Fits
-from .outcome import FIGURES, OBJECTIVES, checked, front, limits
+from .outcome import FIGURES, OBJECTIVES, checked, limits
 from .space import Space
 from .study import Study, Trial
 
@@ -177,7 +177,7 @@ def search(
             study.expected = _cost(study, store, time_for_all, live, options)
         live.expect("search", [])
         where(study, store, tell=live.tell if progress else False, **options, **given)
-        chosen = _chosen(study)
+        chosen = study.best()
         last = [c for t in chosen if t.configuration for c in final(t.configuration, seeds)]
         live.expect("seeds", last)
         finals = pool.run(last, store, progress=live.tell if progress else False, **options)
@@ -210,15 +210,6 @@ def _cost(study: Study, store: Path, available: float, live: Live, options: dict
             f"least one and those of {study.reserved} seeds at the end: {needs} would do; or take fewer steps or seeds"
         )
     return one
-
-
-def _chosen(study: Study) -> list[Trial]:
-    """The best trial within the limits, or those of the Pareto front, by the first objective."""
-    fit = [t for t in study.trials if t.record and t.outcome.feasible]
-    losses = [t.outcome.losses or () for t in fit]
-    if len(study.objectives) > 1:
-        return sorted((fit[i] for i in front(losses)), key=lambda t: t.outcome.losses or ())
-    return sorted(fit, key=lambda t: (t.outcome.losses, t.record and t.record.metrics["validation"]["loss"]))[:1]
 
 
 def _none(study: Study, within: Mapping[str, float]) -> str:
