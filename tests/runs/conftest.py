@@ -34,7 +34,9 @@ def here(monkeypatch):
     """Runs in this process instead of others; gives the configurations that were run."""
     made = []
 
-    def run(configurations, folder, *, jobs=1, threads=1, retry=False, progress=True, within=None):
+    def run(
+        configurations, folder, *, jobs=1, threads=1, retry=False, limit=None, until=None, progress=True, within=None
+    ):
         store = Store(folder)
         for c in configurations:
             if store.get(c) is None:

@@ -32,6 +32,8 @@ def found(some, tmp_path, monkeypatch):
     return Comparison(
         settings=settings, rows=sorted(rows, key=lambda r: -r["quality"]), runs=records, target=0.8,
         predicts=outcome.predicts(summarise(records)), sizes={8: rows, 64: rows}, unfit={"bitfit": "it has no bias"},
+        screened=[{"method": "lora", "loss": 1.25, "learning_rate": 1e-2, "tried": 2, "step": 0.5, "compared": True},
+                  {"method": "vera", "loss": 1.5, "learning_rate": 0.1, "tried": 1, "step": 0.25, "compared": False}],
         folder=tmp_path,
     )  # fmt: skip
 

@@ -35,6 +35,8 @@ def run(wanted):
     if fate == "all killed":
         os.kill(os.getppid(), signal.SIGKILL)
         signal.pause()
+    if fate == "endless":
+        signal.pause()
     if fate == "crash":
         Path(wanted["errors"]).write_text("no way")
         return 1
@@ -91,6 +93,13 @@ def test_what_is_forked_has_not_begun_to_use_an_accelerator(monkeypatch):
 def test_when_what_runs_are_forked_from_dies_only_what_ran_is_lost(tmp_path, stand_in):
     records = run(stand_in[0]([None, "all killed", None]), tmp_path / "store", progress=False)
     assert [r.status for r in records] == ["done", "failed", "done"] and "killed by SIGKILL" in records[1].reason
+
+
+def test_what_takes_too_long_is_ended_alone(tmp_path, stand_in):
+    records = run(stand_in[0](["endless", None, "killed"]), tmp_path / "store", jobs=2, limit=4, progress=False)
+    assert [r.status for r in records] == ["failed", "done", "failed"]
+    assert "it took too long" in records[0].reason and records[0].seconds["in_all"] >= 4
+    assert "killed by SIGKILL" in records[2].reason
 
 
 def test_exactly_the_missing_runs_are_made(tmp_path, stand_in, capfd):

@@ -32,7 +32,8 @@ def compare(
     page = found.folder / "report.html"
     if as_json:
         facts = {"settings": found.settings, "target": found.target, "predicts": found.predicts, "unfit": found.unfit}
-        return print_json(facts | {"contestants": found.rows, "sizes": found.sizes, "report": str(page)})
+        facts |= {"screened": found.screened, "contestants": found.rows, "sizes": found.sizes, "report": str(page)}
+        return print_json(facts)
     metrics = list(next((r["test"] for r in found.rows if r["test"]), {}))
     shown = [
         (r["method"], *(spread(r["test"].get(m)) for m in metrics), len(r["seeds"]), r["learning_rate"],
@@ -49,6 +50,7 @@ def compare(
         "steps of a run": found.settings["steps"],
         "cannot be told from the best": together,
         "validation loss ranks the runs": found.predicts and found.predicts["rank_correlation"],
+        "left out after a screening": [r["method"] for r in found.screened if not r["compared"]],
         "not part of it": [f"{name}: {why}" for name, why in found.unfit.items()],
         "report": str(page),
     }

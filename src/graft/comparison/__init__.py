@@ -3,6 +3,7 @@
 graft.compare("graft:seedling", "task:rewrites", methods=["lora", "dora"], budget="20m")
 
 budget     how many steps fit into a time
+fitting    short runs that say so, and who gets the steps where the time is too short for all
 guard      scores of a validation set that is looked at again and again
 outcome    rows of a table from the records of runs
 live       the table while it runs
@@ -27,17 +28,17 @@ from ..core.errors import GraftError
 from ..core.hyper import Range
 from ..models import Base, load_base
 from ..runs import contestants, limits, plan, pool
-from ..runs.configuration import Configuration
 from ..runs.contestants import Contestant
 from ..runs.reference import chosen, final, tuning
 from ..runs.single import DTYPE, UNTRAINED, some
-from ..runs.store import Record
+from ..runs.store import Record, Store
 from ..runs.summary import Summary, summarise
 from ..training.data import read
 from ..training.evaluation import choose
 from ..tuning import trained
 from . import budget as budgets
 from . import outcome, report
+from .fitting import Fitted, Fitting, look, name, training
 from .live import Live
 
 PLAN = "comparison.json"
@@ -56,6 +57,7 @@ class Comparison:
     predicts   how well the validation loss ranks the runs, see `outcome.predicts`
     sizes      of the runs with fewer rows: {rows of train: rows of a table}
     unfit      methods that are not part of it, and why
+    screened   where the budget was too small for all: what `graft.comparison.fitting.Fitted` says of each method
     folder     where everything lies: the records, results.json, results.parquet, report.html
     """
 
@@ -66,6 +68,7 @@ class Comparison:
     predicts: dict[str, Any] | None
     sizes: dict[int, list[dict[str, Any]]]
     unfit: dict[str, str]
+    screened: list[dict[str, Any]]
     folder: Path
 
 
@@ -78,7 +81,11 @@ def compare(
         "what to compare: methods, with options if any: lora(rank=16); all: every method of the catalogue that fits "
         "the model. The controls are always part of it",
     ] = ("lora", "dora", "ia3", "bitfit"),
-    budget: Annotated[str | None, "time for all of it, such as 20m: as many steps as fit, for all alike"] = None,
+    budget: Annotated[
+        str | None,
+        "time for all of it, such as 20m: as many steps as fit, for all alike; where too few fit, the methods are "
+        "screened first, and the best ones are compared",
+    ] = None,
     steps: Annotated[
         int | None, "optimizer steps of a run, with a budget at most; by default those of the task", Range(1)
     ] = None,
@@ -122,6 +129,11 @@ def compare(
     where there are classes; the base as it is and with answered examples in its context where it generates; and a
     no-op, the base whose new head is not trained. A method that is not shown to beat a control is marked so.
 
+    With a budget that is too small for 8 steps of every run, the methods are screened for half of the time that the
+    controls leave: 8 steps with the rate in the middle of the grid, then, the best ones first, with the other rates;
+    judged by the loss on at most 128 rows of the validation split. The best ones are compared with the controls, as
+    many as fit with 32 steps or more. What is left out is not shown to be worse.
+
     A run that fails is a record with the reason, and the others go on. What stopped goes on with `resume`.
 
     Raises `GraftError` for an unknown method or base, no methods, data that no objective fits, a budget too small for
@@ -157,24 +169,25 @@ def compare(
     options: dict[str, Any] = {
         "jobs": jobs, "threads": threads, "retry": retry, "progress": live.tell if progress else False
     }  # fmt: skip
-    with live:
+    with live, pool.forks(threads) as options["within"]:
         if known is None:
             if allowed is not None:
-                reasons = {_name(of[0]): limits.misfit(of[0], memory=allowed) for of in plans}
+                reasons = {name(of[0]): limits.misfit(of[0], memory=allowed) for of in plans}
                 unfit |= {name: reason for name, reason in reasons.items() if reason}
-                plans = [of for of in plans if _name(of[0]) not in unfit]
+                plans = [of for of in plans if name(of[0]) not in unfit]
                 if all(of[0].method in UNTRAINED for of in plans):
                     raise GraftError(f"no contestant keeps within memory={memory}: {next(iter(unfit.values()))}")
-            count = plans[0][0].training["steps"]
+            fit = Fitted(plans[0][0].training["steps"], {}, [])
             if time_for_all is not None:
-                count, failed = _fitting(
+                fit = Fitting(
                     plans, also, len(seeds), len(sizes), time_for_all, steps, begun, store, options, live
-                )
-                unfit |= failed
-            known = {"settings": settings, "steps": count, "unfit": unfit}
+                ).fitted()
+            known = {"settings": settings, "steps": fit.steps, "unfit": unfit | fit.unfit, "screened": fit.screened}
             plan.write(folder / PLAN, known)
-        unfit = known["unfit"]
-        plans = [[_with(c, steps=known["steps"]) for c in of] for of in plans if _name(of[0]) not in unfit]
+        unfit, screened = known["unfit"], known["screened"]
+        looks = [r for of in plans for c in of if screened and (r := Store(store).get(look(c)))]
+        out = {*unfit, *(row["method"] for row in screened if not row["compared"])}
+        plans = [[training(c, steps=known["steps"]) for c in of] for of in plans if name(of[0]) not in out]
         live.expect("learning rates", [c for of in plans for c in of])
         tried = pool.run([c for of in plans for c in of], store, **options)
         last = [c for best in chosen(plans, tried) for c in final(best, seeds, also=also)]
@@ -188,8 +201,9 @@ def compare(
     table = sorted(outcome.rows(found, target), key=_order)
     result = Comparison(
         settings=settings | {"steps": known["steps"], "seconds": time.monotonic() - begun}, rows=table,
-        runs=[*tried, *finals, *curve], target=target, predicts=outcome.predicts(found),
-        sizes={n: _at(n, found, curve) for n in sizes}, unfit=unfit, folder=folder,
+        runs=[*looks, *tried, *finals, *curve], target=target, predicts=outcome.predicts(found),
+        sizes={n: _at(n, found, curve) for n in sizes}, unfit=unfit, screened=screened,
+        folder=folder,
     )  # fmt: skip
     report.write(result)
     return result
@@ -262,51 +276,6 @@ def _forgetting(asked: str | None, objective: str) -> dict[str, Any] | None:
     return {"data": name, "rows": FORGETTING_ROWS, "fingerprint": hashlib.sha256(held.encode()).hexdigest()}
 
 
-def _fitting(
-    plans: Sequence[Sequence[Configuration]], also: Mapping[str, Any], seeds: int, sizes: int, available: float,
-    at_most: int | None, begun: float, store: Path, options: dict[str, Any], live: Live,
-) -> tuple[int, dict[str, str]]:  # fmt: skip
-    """How many steps fit, from a short run of each contestant; and which of these failed, with the reason.
-
-    The first one alone tells whether there is any hope, before the others are made.
-    """
-    trained = sorted(
-        (plan for plan in plans if plan[0].method not in UNTRAINED),
-        key=lambda plan: plan[0].method != "full-fine-tuning",
-    )
-    short = [
-        _with(replace(plan[0], splits=("train", "validation", "test"), also=also), steps=budgets.TRIAL)
-        for plan in trained
-    ]
-    live.expect("short runs", short)
-    runs = [len(plan) + seeds * (1 + sizes) for plan in trained]
-    untrained, found, records = (len(plans) - len(trained)) * (1 + seeds), 0, list[Record]()
-    for part in (short[:1], short[1:]):
-        records += pool.run(part, store, **options)
-        costs = [budgets.Cost.of(r, n) for r, n in zip(records, runs) if r.done]
-        if costs:
-            first = costs[0]  # for what is not known, or does not train
-            costs += [first._replace(runs=n) for n in runs[len(records) :]] + [
-                budgets.Cost(first.fixed, 0.0, untrained)
-            ]
-            spent = time.monotonic() - begun
-            found = budgets.steps(costs, (budgets.SHARE * available - spent) * options["jobs"], at_most)
-            if found < min(budgets.TRIAL, at_most or budgets.TRIAL):
-                raise budgets.too_small(costs, available, spent, options["jobs"])
-    failed = {_name(r.configuration): str(r.reason) for r in records if not r.done}
-    if len(failed) == len(short):
-        raise GraftError(f"no contestant can be trained: {next(iter(failed.values()))}")
-    return found, failed
-
-
-def _with(c: Configuration, **training: Any) -> Configuration:
-    return replace(c, training={**c.training, **training})
-
-
-def _name(c: Configuration) -> str:
-    return contestants.title(c.method, c.options)
-
-
 def _order(row: Mapping[str, Any]) -> tuple:
     quality = row["quality"]
     return quality is None or math.isnan(quality), -(quality or 0.0), row["method"]
@@ -316,7 +285,7 @@ def _at(size: int, found: Sequence[Summary], curve: Sequence[Record]) -> list[di
     """The rows of a table of the runs with so many train rows, and of the controls that see none."""
     made = []
     for s in found:
-        own = [r for r in curve if r.configuration.train_rows == size and _name(r.configuration) == s.title]
+        own = [r for r in curve if r.configuration.train_rows == size and name(r.configuration) == s.title]
         part = replace(s, final=[r for r in own if r.done]) if own else s
         if own or s.setting.method in UNTRAINED:
             made.append(part)

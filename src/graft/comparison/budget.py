@@ -1,5 +1,6 @@
 """How many steps fit into a time: from short runs that were measured."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -49,13 +50,16 @@ def needed(costs: Sequence[Cost], least: int = TRIAL) -> float:
     return sum(c.runs * (c.fixed + least * c.step) for c in costs)
 
 
-def too_small(costs: Sequence[Cost], available: float, spent: float, jobs: int) -> GraftError:
-    """What one run costs, and what would do."""
-    one = max(costs, key=lambda c: c.fixed)
-    needs = (needed(costs) / jobs + spent) / SHARE
+def too_small(
+    costs: Sequence[Cost], available: float, spent: float, jobs: int, screening: float = math.inf
+) -> GraftError:
+    """What one run costs, and what would do: TRIAL steps for all, or the seconds that a screening needs."""
+    one, all_alike = max(costs, key=lambda c: c.fixed), needed(costs)
+    needs = (min(all_alike, screening) / jobs + spent) / SHARE
+    what = f"for {TRIAL} steps" if all_alike <= screening else "to screen the methods and compare the best one"
     return GraftError(
         f"the budget of {available:g} s is too small: one run takes {one.fixed:.1f} s and {one.step:.2g} s for each "
-        f"step, and there are {sum(c.runs for c in costs)}: {words(needs)} would do for {TRIAL} steps; or name fewer "
+        f"step, and there are {sum(c.runs for c in costs)}: {words(needs)} would do {what}; or name fewer "
         "methods, learning rates or seeds"
     )
 

@@ -62,6 +62,8 @@ class Live:
             if split in record.metrics:
                 line.setdefault(split, []).append(record.metrics[split][metric])
                 what += f", {metric} {record.metrics[split][metric]:.3f} on {split}"
+        if not c.splits and (points := record.figures.get("validation")):
+            what += f", validation loss {points[-1][2]:.3f}"
         if self.enabled and not self.display:
             print(f"{self.phase}, {self._far()}: {called(c)} {what}", file=sys.stderr, flush=True)
 

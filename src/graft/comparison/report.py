@@ -13,7 +13,9 @@ from ..core import disk
 from ..runs.contestants import title
 from ..runs.store import Record
 from ..version import __version__
+from .budget import TRIAL
 from .charts import Point, Series, lines, scatter
+from .fitting import ROWS
 
 if TYPE_CHECKING:
     from . import Comparison
@@ -45,6 +47,12 @@ FEWER = (
     "Each with the learning rate that was chosen on all rows, and with the same number of steps; smaller sets are "
     "parts of larger ones."
 )
+SCREENING = (
+    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with the rate in the "
+    "middle of its grid, and, the best ones first, with its other rates as long as there was time; with one seed, and "
+    f"measured on at most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. "
+    "What is left out is not shown to be worse."
+)
 GUARD = (
     "One validation set chose every rate, so its best score flatters. Thresholdout (Dwork et al., 2015) answers with "
     "the score of the train split where both are alike, and otherwise with the validation score and noise of standard "
@@ -60,6 +68,7 @@ def write(found: "Comparison") -> None:
         "contestants": found.rows,
         "sizes": found.sizes,
         "unfit": found.unfit,
+        "screened": found.screened,
     })  # fmt: skip
     _parquet(found)
 
@@ -112,8 +121,9 @@ def flat(record: Record) -> dict[str, Any]:
 
 def html(found: "Comparison") -> str:
     """The report as one page."""
-    parts = [_summary(found), _table(found.rows), _plots(found), _sizes(found), _guard(found.rows), _failures(found)]
-    return page("Methods compared", found.settings, [*parts, _protocol(found)])
+    parts = [_summary(found), _table(found.rows), _plots(found), _sizes(found), _guard(found.rows)]
+    parts += [_screened(found.screened), _failures(found), _protocol(found)]
+    return page("Methods compared", found.settings, parts)
 
 
 def page(what: str, settings: Mapping[str, Any], parts: Sequence[str]) -> str:
@@ -147,6 +157,8 @@ def _summary(found: "Comparison") -> str:
         kind = "a control that trains nothing of the base"
         said.append(f'<span class="warn">Not shown to beat {kind}: {_list(below)}.</span>')
     said.append(f"Shown to beat full fine-tuning: {_list(above) or 'none'}.")
+    if left := sum(not r["compared"] for r in found.screened):
+        said.append(f"Of {len(found.screened)} methods {left} were left out after a few steps: see the screening.")
     if p := found.predicts:
         rank = f"Spearman's correlation {p['rank_correlation']:.2f}"
         said.append(f"Over {p['runs']} runs the validation loss ranks the {p['metric']} with {rank}.")
@@ -234,7 +246,7 @@ def _curves(found: "Comparison") -> tuple[list[Series], list[Series]]:
     """Means over the seeds of the final runs, the best contestants first."""
     steps, times = [], []
     for row in found.rows:
-        own = [r for r in found.runs if r.done and _titled(r) == row["method"]]
+        own = [r for r in found.runs if r.done and "test" in r.configuration.splits and _titled(r) == row["method"]]
         if curves := [curve for r in own if (curve := r.figures.get("validation"))]:
             columns = list(zip(*curves))
             loss = [statistics.fmean(loss for _, _, loss in column) for column in columns]
@@ -277,6 +289,19 @@ def _guard(rows: Sequence[Mapping[str, Any]]) -> str:
     names = ("contestant", "rate", "score", "guarded rate", "guarded score")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return f"<h2>Choices and the guard</h2>\n<p>{note}</p>{_grid(head, body)}"
+
+
+def _screened(rows: Sequence[Mapping[str, Any]]) -> str:
+    body = [
+        f"<tr><td{BEST if r['compared'] else ''}>{escape(r['method'])}</td><td>{r['loss']:.4f}</td>"
+        f"<td>{r['learning_rate']:g}</td><td>{r['tried']}</td><td>{r['step'] / 1e-3:,.1f}</td></tr>"
+        for r in rows
+    ]
+    if not body:
+        return ""
+    names = ("method", "validation loss", "learning rate", "rates tried", "time of a step (ms)")
+    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
+    return f"<h2>Screening</h2>\n<p>{SCREENING}</p>{_grid(head, body)}"
 
 
 def _failures(found: "Comparison") -> str:

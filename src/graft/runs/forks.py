@@ -48,11 +48,13 @@ class Forks:
             self._begin()
         number = len(self.codes)
         self.codes[number] = None
-        line = {"number": number, "folder": str(folder), "configuration": configuration, "errors": str(errors)}
-        with contextlib.suppress(BrokenPipeError):  # `look` will see it
-            self.requests.write(json.dumps(line).encode() + b"\n")
-            self.requests.flush()
+        self.ask({"number": number, "folder": str(folder), "configuration": configuration, "errors": str(errors)})
         return Fork(self, number)
+
+    def ask(self, what: Mapping[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `look` will see it
+            self.requests.write(json.dumps(what).encode() + b"\n")
+            self.requests.flush()
 
     def look(self) -> None:
         """Note what has ended; when the process itself has, all."""
@@ -88,24 +90,30 @@ class Fork:
         self.of.look()
         return self.of.codes[self.number]
 
+    def kill(self) -> None:
+        self.of.ask({"kill": self.number})
+
 
 def serve(threads: int) -> None:
-    """Begin a run for each line that is read, and write the number of each that has ended, with its status."""
+    """Begin a run for each line that is read, or kill one; write the number of each that has ended, with its status."""
     import torch
 
     torch.set_num_threads(threads)
     alive, held = os.pipe()  # which all children see end when this process does
     requests, running, ready = _Lines(0), dict[int, int](), False
     while requests.open:
-        for line in requests.read(POLL):
-            if not ready:
-                ready = _import(json.loads(line))
+        for line in map(json.loads, requests.read(POLL)):
+            if "kill" in line:
+                for pid in [pid for pid, number in running.items() if number == line["kill"]]:
+                    os.kill(pid, signal.SIGKILL)
+                continue
+            ready = ready or _import(line)
             if pid := os.fork():
-                running[pid] = json.loads(line)["number"]
+                running[pid] = line["number"]
             else:
                 os.close(held)
                 threading.Thread(target=_watch, args=(alive,), daemon=True).start()
-                os._exit(_run(json.loads(line)))
+                os._exit(_run(line))
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:

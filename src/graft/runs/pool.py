@@ -28,6 +28,7 @@ class _Child:
     process: Fork
     errors: Path
     begun: float
+    late: bool = False  # ended because it took longer than it may
 
 
 def run(
@@ -37,6 +38,8 @@ def run(
     jobs: int = 1,
     threads: int = 1,
     retry: bool = False,
+    limit: float | None = None,
+    until: float | None = None,
     progress: bool | Tell = True,
     within: Forks | None = None,
 ) -> list[Record]:
@@ -45,6 +48,8 @@ def run(
     jobs      processes at a time
     threads   of each of them
     retry     make those again that failed
+    limit     seconds that a run may take: then it is ended, and failed
+    until     a time of `time.monotonic`, after which no run begins: those have no record
     progress  show on stderr how far it is; or what to call with the configurations that run, and a record that came
     within    what `forks` gave, for several calls; the threads are then those
 
@@ -57,12 +62,18 @@ def run(
     own = nullcontext(within) if within else forks(threads)
     with _bar(len(missing), progress) as tell, tempfile.TemporaryDirectory() as place, own as source:
         while waiting or running:
+            if until is not None and time.monotonic() >= until:
+                waiting.clear()
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop(0), store, source, Path(place)))
                 tell([c.configuration for c in running], None)
             for child in [c for c in running if c.process.poll() is not None]:
                 running.remove(child)
                 tell([c.configuration for c in running], _finish(child, store))
+            for child in running:
+                if limit is not None and not child.late and time.monotonic() - child.begun > limit:
+                    child.late = True
+                    child.process.kill()
             time.sleep(POLL)
     found = [store.get(c) for c in wanted]
     return [record for record in found if record]
@@ -92,9 +103,11 @@ def _finish(child: _Child, store: Store) -> Record:
     record = store.get(child.configuration)
     if code and not (record and record.done):
         last = f": {lines[-1]}" if lines else ""
+        took = time.monotonic() - child.begun
         died = f"ended with code {code}{last}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         hint = " (often because memory ran out)" if code == -9 else ""
-        record = failed(child.configuration, f"the process {died}{hint}", time.monotonic() - child.begun)
+        why = f"it took too long: it was ended after {took:.0f} s" if child.late else f"the process {died}{hint}"
+        record = failed(child.configuration, why, took)
         store.put(record)
     assert record
     return record
