@@ -189,6 +189,31 @@ def test_a_member_of_a_population_is_the_run_that_its_record_says(bases, reviews
     assert again.spent == pytest.approx(sum(r.seconds["in_all"] for r in records))
 
 
+def test_a_member_that_always_kills_its_worker_is_a_record_and_the_others_go_on(tmp_path, monkeypatch):
+    from graft.searching import population
+    from graft.searching.engines import ray as engine
+
+    work = study(Space.of(["lora"], {"learning_rate": "0.01|0.07|0.09"}), 3)
+    work.common = replace(work.common, also={"points": 2})
+    wanted = [work.space.configuration(p, work.common) for p in work.space.points()]
+    known = {c.training["learning_rate"]: replace(record(), configuration=c).json() for c in wanted}
+
+    def member(config):
+        from ray import tune
+
+        rate = config["member"]["rate"]
+        if rate < 0.05:
+            os.kill(os.getpid(), signal.SIGKILL)
+        tune.report({"step": 0, "loss": 1.0, "record": known[rate]})
+
+    monkeypatch.setattr(population, "member", member)
+    engine.run(work, tmp_path / "runs", jobs=2, threads=1, tell=False, scheduler="pbt")
+    assert {t.configuration.training["learning_rate"]: t.outcome.reason for t in work.trials if t.configuration} == {
+        0.01: "its worker died, again and again", 0.07: None, 0.09: None
+    }  # fmt: skip
+    assert len(Store(tmp_path / "runs").records()) == 3 and not work.running
+
+
 def test_a_population_needs_its_size_and_several_rates(tmp_path):
     from graft.searching.engines import ray as engine
 
