@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft import GraftError, allocate
@@ -19,6 +19,7 @@ from graft.runs.reference import tuning
 from graft.scaling import frontier
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(0.1, 0.6), st.floats(0.1, 0.6), st.floats(0.5, 50.0), st.sampled_from([2.0, 4.0, 6.0]))
 def test_the_frontier_of_a_law_of_size_and_data_is_known_in_closed_form(a, b, ratio, per_token):
     """L = A / N^a + B / D^b with C = k N D is least at N = G (C / k)^(b / (a + b)), G = (a A / (b B))^(1 / (a + b))."""

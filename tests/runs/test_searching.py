@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import COMMON, record
 
@@ -77,6 +77,20 @@ def test_what_a_supernet_found_is_trained_anew_within_the_limit(bases, reviews, 
         graft.search(bases / "bert", reviews, **given | {"space": SPACE})
 
 
+def test_each_of_the_best_paths_of_nfts_is_trained_anew(bases, reviews, here, tmp_path):
+    given = SMALL | {"searcher": "nfts", "learning_rate": "1e-2", "trials": 9, "output": tmp_path / "out"}
+    found = graft.search(bases / "bert", reviews, **given | {"seeds": (0,)})
+    paths = [found.supernet, *found.supernet["others"]]
+    assert len(paths) == 3
+    assert [p["parameters"] for p in paths] == [r["parameters"] for r in found.supernet["paths"][:3]]
+    base = graft.load_base(bases / "bert", objective="classification", labels=["a", "b"])
+    heads = sum(p.numel() for path in base.heads for p in base.model.get_submodule(path).parameters())
+    assert sorted(r["parameters"] for r in found.rows) == sorted(p["parameters"] + heads for p in paths)
+    assert found.verdict == "every point of the space was tried" and found.best[0]["validation"]["loss"] == min(
+        r["loss"] for r in found.rows if r["quality"] == min(r["quality"] for r in found.rows)
+    )
+
+
 def test_a_small_space_is_tried_whole_and_what_is_too_large_is_never_started(bases, reviews, here, tmp_path):
     given = SMALL | {"space": SPACE[:1], "learning_rate": "1e-2", "seeds": (0,)}
     whole = graft.search(bases / "bert", reviews, **given, output=tmp_path / "a")
@@ -138,6 +152,7 @@ def test_the_time_is_kept_and_what_one_run_costs_is_said(bases, reviews, here, t
     assert study.over()
 
 
+@settings(max_examples=30, deadline=None)
 @given(seeds=st.integers(1, 4), budget=st.integers(8, 60), objectives=st.sampled_from([("loss",), ("loss", "saved")]))
 def test_the_time_holds_the_last_runs_of_a_whole_front(seeds, budget, objectives):
     """Runs of a second each, none of which is better than another one in all: a front of all of them."""

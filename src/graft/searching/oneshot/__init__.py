@@ -14,7 +14,8 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -73,6 +74,8 @@ class OneShot(ABC):
 class SinglePath(OneShot):
     """Each step trains one path, drawn at random; then evolution among the paths, with the weights they inherit."""
 
+    keep = 1  # of the best paths
+
     def find(self, base: Base, data: Examples, budget: Budget) -> Found:
         examples, held = held_out(data, budget.validation, budget.seed)
         with Supernet(base, self.members(base), budget.seed) as net:
@@ -92,7 +95,8 @@ class SinglePath(OneShot):
                 )  # fmt: skip
             if not scores:
                 raise too_small(budget.cap)
-            return net.found(next(iter(scores)), judge.table())
+            first, *others = islice(scores, self.keep)
+            return replace(net.found(first, judge.table()), others=[net.found(path) for path in others])
 
 
 class Softmax(OneShot):
