@@ -26,7 +26,7 @@ def blocks(model: nn.Module) -> list[str]:
     return [path for path, _ in resolve(model, "blocks", ("module",))]
 
 
-def outside(base: Base, recipe: Recipe, targets: Any) -> Any:
+def _outside(base: Base, recipe: Recipe, targets: Any) -> Any:
     """Targets without what lies in new heads, which are trained whole."""
     paths = [path for path, _ in resolve(base.model, targets or recipe.method.targets, recipe.method.hosts)]
     rest = {path for path in paths if not any(path == head or path.startswith(f"{head}.") for head in base.heads)}
@@ -84,7 +84,7 @@ class Supernet:
             for number, (name, m) in enumerate(members.items()):
                 recipe = mixed(m.space, m.mixture, m.share)
                 self.adapters[name] = attach(
-                    base.model, recipe, outside(base, recipe, m.targets), name=name,
+                    base.model, recipe, _outside(base, recipe, m.targets), name=name,
                     heads=base.heads if name == last else (), seed=seed + number,
                 )  # fmt: skip
         except GraftError:
