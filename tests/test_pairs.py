@@ -4,6 +4,7 @@ quantised base, gradient checkpointing and the compiler; a pair gives what the p
 Methods and initialisations are found by registration, so that a new one is in the matrix by itself.
 """
 
+import copy
 import functools
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graft
+import models
 from graft import inits, methods
 from graft.core.delta import METHODS
 from graft.core.factored import INITS
@@ -26,6 +28,7 @@ DELTAS = sorted(
     n for n, c in METHODS.items() if c.__module__.startswith("graft.") and "linear" in c.hosts and c.mergeable()
 )
 STARTS = sorted(n for n, c in INITS.items() if c.__module__.startswith("graft."))
+ELSEWHERE = sorted(n for n, c in METHODS.items() if c.__module__.startswith("graft.") and n not in DELTAS)
 BESIDE = [n for n in DELTAS if METHODS[n].__module__.startswith("graft.methods.selection.")]
 STARTED = [(n, s) for n in DELTAS for s in STARTS if "init" in hyperparameters(METHODS[n])]
 PATHS = ["0", "2"]
@@ -134,7 +137,7 @@ def test_with_an_initialisation(name, start):
 
 @each
 def test_with_a_selection_beside_it(name):
-    """One outside of the other: the dense chain of both changes of the weight."""
+    """One outside of the other, in both orders: the dense chain of both changes of the weight."""
     model, x = network()[:1], inputs()
     plain = model(x)
     inner = attached(model, name, paths=["0"])
@@ -145,9 +148,12 @@ def test_with_a_selection_beside_it(name):
             equal(outcome(model, x), outcome(model, x, lambda x: dense(model, x)))
             with outer.disabled():
                 assert torch.equal(model(x), alone)
+            graft.activate(model, "beside", "default")  # now inside of it
+            equal(outcome(model, x), outcome(model, x, lambda x: dense(model, x)))
+            graft.activate(model, "default", "beside")
             outer.detach()
         except Exception as error:
-            error.add_note(f"{beside} outside of {name}")
+            error.add_note(f"{beside} beside {name}")
             raise
     inner.detach()
     assert torch.equal(model(x), plain)
@@ -172,6 +178,57 @@ def test_on_a_quantised_base(name, start):
     assert graft.fingerprint(model) == before
     with pytest.raises(graft.GraftError, match=r"^0 is quantised|^2 is quantised"):
         graft.merge(model)
+
+
+def close(ours, theirs, share):
+    """Up to this share of the norm: a layer of torch's int8 rounds its inputs to 7 bits."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert torch.linalg.vector_norm(a - b) <= share * torch.linalg.vector_norm(b), (a, b)
+
+
+@each
+def test_on_int8_of_torch(name):
+    """As on the decoded weight, but that the layer rounds its inputs."""
+    model, x = graft.quantise(network()[:1].float(), "int8"), inputs().float().detach().requires_grad_()
+    plain = graft.dequantise(copy.deepcopy(model))
+    try:
+        attached(model, name, paths=["0"])
+    except graft.GraftError as error:
+        assert str(error).startswith(name) and "quantised" in str(error), error
+        return
+    attached(plain, name, paths=["0"])
+    assert {p.dtype for p in trained(model)} == {torch.float32}
+    close(outcome(model, x), outcome(plain, x), share=0.03)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_on_int8_inside_a_transformer(name):
+    """What adapts other places than linear layers computes as with decoded weights, but for the rounding of inputs."""
+    model = graft.quantise(models.llama(layers=1), "int8")
+    plain = graft.dequantise(copy.deepcopy(model))
+    try:
+        models.attach(model, name, "default")
+    except graft.GraftError as error:
+        assert str(error).startswith(name) and "quantised" in str(error), error
+        return
+    models.attach(plain, name, "default")
+    found = []
+    for each in (model, plain):
+        y = each(models.tokens()).logits
+        probe = torch.linspace(-1, 1, y.numel()).view_as(y)
+        found.append([y, torch.cat([g.flatten() for g in torch.autograd.grad((y * probe).sum(), trained(each))])])
+    close(*found, share=0.1)
+
+
+@pytest.mark.parametrize("name", [n for n in (*DELTAS, *ELSEWHERE) if not METHODS[n].on_codes])
+def test_what_trains_weights_themselves_is_refused_on_codes(name):
+    """Also where presets pick other sites beside those."""
+    model = graft.quantise(models.llama(layers=1), "int8")
+    targets = "all-linear" if name == "full" else None
+    with pytest.raises(graft.GraftError, match=f"^{name} cannot work at .*: (its weight|a weight in it) is quantised"):
+        graft.attach(model, name, targets, **METHODS[name].small)
+    assert not graft.adapters(model)
 
 
 @each_start
@@ -203,18 +260,30 @@ def kinds_of_deltas():
     return found.values()
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("name", kinds_of_deltas())
-def test_with_the_compiler(name, quantised):
-    """Beside another delta, on a plain or a quantised base: the same values and gradients."""
+def ways_to_act():
+    """One delta of each way to compute with low-rank factors."""
+    return {METHODS[name].act: name for name, _ in STARTED}.values()
+
+
+@pytest.mark.parametrize(
+    "name, start, quantised",
+    [
+        *((n, None, q) for n in kinds_of_deltas() for q in (False, True)),
+        *((n, "pissa", False) for n in ways_to_act()),
+    ],
+)
+def test_with_the_compiler(name, start, quantised):
+    """Beside another delta, on a plain or a quantised base, or where a part of W is in its factors: the same values and
+    gradients."""
     model, x = network()[:1], inputs()
     if quantised:
         model[0] = Coded(model[0])
     try:
-        attached(model, name, paths=["0"])
+        attached(model, name, start, paths=["0"])
     except graft.GraftError as error:
         assert quantised and "quantised" in str(error)
         return
     attached(model, "lora", name="beside", seed=2, paths=["0"])
     torch._dynamo.reset()
-    equal(outcome(model, x, torch.compile(model, backend="aot_eager")), outcome(model, x))
+    backend = "eager" if start else "aot_eager"  # what is traced of a start is its forward
+    equal(outcome(model, x, torch.compile(model, backend=backend)), outcome(model, x))

@@ -104,6 +104,7 @@ def test_what_comes_from_data_keeps_its_contents_and_what_comes_from_weights_has
     "settings, said",
     [
         (dict(method="bitfit"), "it has no bias"),
+        (dict(quantise="int8"), "on a base quantised by int8 cannot be predicted: leave quantise out"),
         (dict(precision="fp64"), "precision is one of auto, fp32, bf16, not 'fp64'"),
         (dict(batch_size=0), "batch_size is a whole number of at least 1, not 0"),
         (dict(method="lorra"), "no method is called 'lorra'"),

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ from .training import Result, fit, objectives, predict
 from .training.batches import Plan
 from .training.data import Examples, read, take
 from .training.evaluation import choose, length
+
+HEAD = 0.02  # standard deviation with which transformers draws the weights of new heads
 
 
 @dataclass
@@ -127,12 +130,13 @@ def adapt(
     training: Mapping[str, Any],
 ) -> dict[str, Adapter]:
     """Put the new adapters of `tune` on a base: by name, innermost first."""
-    made = {}
+    made, new = {}, [base.model.get_submodule(path) for path in base.heads]
     for name, recipe, where, whole in _chain(base, method, targets, heads):
         hosts, stats = _hosts(base.model, recipe, where), None
         if needs := _needs(recipe, hosts):
             batches, loss = _batches(base, task, examples, examples_for_statistics, training)
-            stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
+            with _drawn(new, seed):
+                stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
         made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
     return made
 
@@ -186,6 +190,21 @@ def _needs(recipe: Recipe, hosts: Mapping[str, nn.Module]) -> list[str]:
     cls = recipe.method
     asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
     return sorted({need for some in asked for need in some})
+
+
+@contextmanager
+def _drawn(heads: Sequence[nn.Module], seed: int) -> Iterator[None]:
+    """Draw what is zero in new heads, as transformers does: no gradient would pass them. They are zero again after."""
+    zero = [p for head in heads for p in head.parameters() if p.ndim > 1 and not p.any()]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for p in zero:
+            p.normal_(std=HEAD)
+    try:
+        yield
+    finally:
+        for p in zero:
+            p.detach().zero_()
 
 
 def _named(recipes: list[Recipe]) -> dict[str, Recipe]:

@@ -11,7 +11,7 @@ import graft
 from graft.core.quantise import scheme_of
 from graft.core.quantised import SCHEMES
 from graft.core.site import quantised_sites
-from models import llama, move, tokens
+from models import llama, move, tokenizer, tokens
 
 PACKAGES = {name: scheme.package for name, scheme in SCHEMES.items()}
 # The values of NormalFloat4, from the appendix of QLoRA, rounded.
@@ -59,6 +59,7 @@ def test_an_adapter_learns_beside_the_codes_and_comes_back(scheme, tmp_path):
     adapter = move(graft.attach(made, "lora", rank=2))
     made(tokens()).logits.square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     y = made(tokens()).logits
     adapter.save(tmp_path / "adapter")
     again = graft.quantise(model(), scheme)
@@ -68,6 +69,17 @@ def test_an_adapter_learns_beside_the_codes_and_comes_back(scheme, tmp_path):
         graft.load(model(), tmp_path / "adapter")
     graft.load(model(), tmp_path / "adapter", allow_other_base=True)
     assert f'graft.quantise(model, "{scheme}")'.replace('"', "'") in (tmp_path / "adapter/README.md").read_text()
+
+
+def test_a_precision_in_which_codes_do_not_compute_is_refused():
+    made = graft.quantise(model(), "int8")
+    graft.attach(made, "lora", rank=2)
+    rows = [{"text": "one"}]
+    for run in (graft.fit, graft.evaluate, graft.predict):
+        with pytest.raises(
+            graft.GraftError, match=r"q_proj is quantised and computes in float32 alone: leave precision"
+        ):
+            run(made, rows, processor=tokenizer(), objective="causal-lm", precision="bf16")
 
 
 def test_an_adapter_of_the_plain_base_is_refused_on_codes(tmp_path):

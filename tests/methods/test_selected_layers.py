@@ -11,20 +11,17 @@ from torch import nn
 import graft
 from graft.methods.selection.greentrainer import best_backward
 from graft.training import optimizers
-from models import llama, tokens
+from models import bert, llama, tokens
 
 LOSS = lambda model, batch: model(batch).logits.square().mean()
 
 
-def test_surgical_trains_the_layers_with_the_largest_fisher_trace_and_leaves_the_others():
+def test_surgical_trains_the_layers_with_the_largest_fisher_information_and_leaves_the_others():
     model, data = llama(layers=4), [tokens(seed=i) for i in range(3)]
     expect = []
     for block in model.model.layers:
-        squares = [
-            sum(g.square().sum().item() for g in torch.autograd.grad(LOSS(model, x), [*block.parameters()]))
-            for x in data
-        ]
-        expect.append(sum(squares) / 3)
+        grads = [torch.autograd.grad(LOSS(model, x), [*block.parameters()]) for x in data]
+        expect.append(sum(torch.stack(of).square().mean(0).norm().item() for of in zip(*grads)))
     stats = graft.collect(model, data, ("fisher",), "blocks", LOSS)
     found = [stats[f"model.layers.{i}"]["fisher"] for i in range(4)]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expect), rtol=1e-4, atol=0)
@@ -37,19 +34,30 @@ def test_surgical_trains_the_layers_with_the_largest_fisher_trace_and_leaves_the
 
 
 def test_hft_trains_half_of_each_category():
-    model = llama(layers=4)
-    counts = {}
-    for seed in (0, 1):
-        adapter = graft.attach(model, graft.HFT(), seed=seed)
+    model = llama(layers=4, tie_word_embeddings=False)
+    counts, richer = {}, set()
+    for seed in range(8):
+        adapter = graft.attach(model, graft.HFT(), ["all-linear", "norms", "embeddings", "head"], seed=seed)
+        assert {"model.embed_tokens", "model.norm", "lm_head"} < {*adapter.deltas}
         for i in range(4):
             of = lambda part, i=i, adapter=adapter: sum(
                 p.startswith(f"model.layers.{i}.{part}") for p in adapter.deltas
             )
             assert of("self_attn.") == 2 and of("mlp.") in (1, 2) and of("input_layernorm") + of("post_attention") == 1
-        assert sum(".mlp." in p for p in adapter.deltas) == 6
+        of = [sum(p.startswith(f"model.layers.{i}.mlp.") for p in adapter.deltas) for i in range(4)]
+        assert sorted(of) == [1, 1, 2, 2]
+        richer.add(tuple(of))
         counts[seed] = {*adapter.deltas}
         adapter.detach()
-    assert counts[0] != counts[1]
+    assert counts[0] != counts[1] and len(richer) > 2  # which blocks train two of three is drawn
+
+
+def test_hft_takes_an_attention_together_that_is_divided_among_modules():
+    adapter = graft.attach(bert(), graft.HFT())
+    for i in range(2):
+        inside = [p.partition(f"layer.{i}.")[2] for p in adapter.deltas if f"layer.{i}." in p]
+        assert sum("attention" in p and "LayerNorm" not in p for p in inside) == 2
+        assert sum(p in ("intermediate.dense", "output.dense") for p in inside) == 1
 
 
 @settings(max_examples=20, deadline=None)

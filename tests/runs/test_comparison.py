@@ -86,6 +86,23 @@ def test_a_language_model_is_compared_with_answered_examples_and_with_what_it_fo
     assert record.figures["forgetting"] == pytest.approx(plain)
 
 
+def test_on_a_quantised_base(bases, reviews, here, tmp_path):
+    given = {**SMALL, "seeds": (0,), "learning_rates": (1e-2,), "output": tmp_path, "quantise": "int8"}
+    given |= {"validation": 0.25, "test": 0.25, "methods": ["lora(rank=2)", "hft"]}
+    found = compare(bases / "bert", reviews, **given)
+    assert {c.quantise for c in here} == {"int8"}
+    of = {r["method"]: r for r in found.rows}
+    assert "its weight is quantised" in next(iter(of["hft"]["failures"]))
+    assert of["lora(rank=2)"]["latency_merged"] is None and of["full-fine-tuning"]["latency_merged"]
+    assert "bert (int8) on own" in (tmp_path / "report.html").read_text()
+    with pytest.raises(GraftError, match="holds a comparison with quantise=int8, not None"):
+        compare(bases / "bert", reviews, **given | {"quantise": None}, resume=True)
+    with pytest.raises(GraftError, match="no scheme of quantisation is called 'int9'"):
+        compare(bases / "bert", reviews, **given | {"quantise": "int9", "output": tmp_path / "other"})
+    with pytest.raises(GraftError, match="quantised by int8 is not known before: leave the limit out"):
+        compare(bases / "bert", reviews, **given | {"output": tmp_path / "other"}, memory="2GiB")
+
+
 def test_steps_are_as_many_as_fit_and_what_fails_at_once_is_left_out(bases, reviews, here, tmp_path):
     given = {**SMALL, "steps": 5, "seeds": (0,), "learning_rates": (1e-2,), "validation": 0.25, "test": 0.25}
     given |= {"methods": ["prompt_tuning(length=9000)"]}

@@ -1,5 +1,7 @@
 """What cannot keep within the limits is told before it is started."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +54,11 @@ def test_trained_parameters_of_a_new_head_and_of_all(bases):
     assert trained(base, None) == sum(p.numel() for p in base.model.parameters())
     assert trained(base, graft.LoRA(init="eva")) is None  # its ranks are those of the data
     assert base.heads == heads
+
+
+def test_nothing_is_foretold_of_a_quantised_base(run):
+    with pytest.raises(GraftError, match="on a base quantised by int8 is not known before: leave the limit out"):
+        misfit(replace(run("lora"), quantise="int8"), memory=2**30)
 
 
 def test_sizes_are_read_with_their_units():

@@ -53,6 +53,13 @@ def test_the_best_on_validation_is_run_again_and_nothing_is_made_twice(bases, re
     assert "<script" in (found.folder / "report.html").read_text()
 
 
+def test_on_a_quantised_base(bases, reviews, here, tmp_path):
+    given = SMALL | {"seeds": (0,), "space": ["lora(rank=1)"], "learning_rate": "1e-2", "output": tmp_path, "trials": 1}
+    found = graft.search(bases / "bert", reviews, **given, quantise="int8")
+    assert {c.quantise for c in here} == {"int8"} and found.best[0]["seeds"] == [0]
+    assert "bert (int8) on own" in (tmp_path / "report.html").read_text()
+
+
 def test_what_a_supernet_found_is_trained_anew_within_the_limit(bases, reviews, here, tmp_path, monkeypatch):
     given = SMALL | {"searcher": "noah", "learning_rate": "1e-3|1e-2", "trials": 2, "output": tmp_path / "out"}
     given |= {"at_most": {"parameters": 1000}}

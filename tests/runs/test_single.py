@@ -61,6 +61,20 @@ def test_full_fine_tuning_trains_all_of_the_base_and_the_probe_its_head_alone(an
     assert 0 <= probe.metrics["validation"]["accuracy"] <= 1
 
 
+def test_a_quantised_base_is_what_is_adapted_and_asked_and_full_fine_tuning_trains_the_plain_one(answers, bases):
+    base = graft.load_base(bases / "llama", objective="causal-lm", dtype="float32", quantise="int8")
+    rows = subset(tasks.task("answers", **FACTS), "validation", 8)
+    asked = perform(answers("zero-shot", quantise="int8"))
+    assert asked.metrics["validation"] == graft.evaluate(base.model, rows, **base.arguments())
+    assert asked.metrics != perform(answers("zero-shot")).metrics
+    lora, plain = (perform(answers(quantise=q, also={"latency": True})) for q in ("int8", None))
+    assert lora.parameters == plain.parameters and lora.curve[0] != plain.curve[0]
+    assert lora.curve[-1][1] < lora.curve[0][1]
+    assert lora.figures["latency"]["merged"] is None  # codes take no change
+    full, reference = (perform(answers("full-fine-tuning", quantise=q)) for q in ("int8", None))
+    assert full.metrics == reference.metrics and full.parameters == reference.parameters
+
+
 def test_columns_are_renamed_and_the_task_judges(answers):
     knobs = {"examples": 20, "rules": 4, "letters": 4}
     training = answers().training | {"columns": {"completion": "chosen"}}

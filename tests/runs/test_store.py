@@ -40,12 +40,13 @@ def test_a_record_comes_back_as_it_was(tmp_path, metrics, seed, reason, rate):
 def test_whatever_is_another_run_has_another_name():
     other = {"base": "b", "weights": "w", "task": "names", "version": 2, "knobs": {"seed": 1}, "data": "d",
              "method": "dora", "options": {"rank": 2}, "targets": "qv", "seed": 1, "training": {"steps": 4}, "rows": 5,
-             "splits": ("validation", "test"), "train_rows": 5, "also": {"latency": True}}  # fmt: skip
+             "splits": ("validation", "test"), "train_rows": 5, "also": {"latency": True},
+             "quantise": "int8"}  # fmt: skip
     assert other.keys() == {f.name for f in fields(Configuration)}
     made = [COMMON, *(replace(COMMON, **{name: value}) for name, value in other.items())]
     assert len({c.id for c in made}) == len(made)
     assert all(Configuration.of(json.loads(json.dumps(c.plain()))).id == c.id for c in made)
-    assert not {"train_rows", "also"} & COMMON.plain().keys()  # so that the names of older runs stay
+    assert not {"train_rows", "also", "quantise"} & COMMON.plain().keys()  # so that the names of older runs stay
     turned = dict(reversed(COMMON.training.items()))
     assert replace(COMMON, training=turned).id == COMMON.id
 

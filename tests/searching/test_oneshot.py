@@ -339,3 +339,10 @@ def test_an_unknown_search_or_setting_is_named():
     with pytest.raises(graft.GraftError, match="rank must be"):
         search("graft:sprout", "task:digits", method="glora", options={"rank": 0})
     assert {"noah", "nfts", "glora", "darts", "tanglenas"} <= ONESHOT.keys()
+
+
+def test_an_option_that_trains_weights_themselves_is_refused_on_codes():
+    model = graft.quantise(models.llama(layers=1), "int8")
+    with pytest.raises(graft.GraftError, match=r"^mixed cannot work at .*: its weight is quantised"):
+        graft.attach(model, mixed(Space([graft.LoRA(rank=2), "full"])), "q_proj")
+    graft.attach(model, mixed(Space([graft.LoRA(rank=2), "ia3"])), "q_proj")

@@ -9,6 +9,8 @@ import models
 from graft.core.delta import METHODS
 from graft.core.errors import GraftError
 from graft.training import checkpoints, fit
+from graft.training.evaluation import choose
+from graft.tuning import adapt
 
 QUIET = {"progress": False, "warmup": 0.0}
 
@@ -227,3 +229,24 @@ def test_one_method_twice_is_numbered(tmp_path, tokenizer, sentences):
     assert found == [["1.self_attn.q_proj"], ["0.self_attn.v_proj", "1.self_attn.k_proj", "1.self_attn.v_proj"]]
     with pytest.raises(GraftError, match="empty list"):
         graft.tune(tmp_path / "base", texts, method=[])
+
+
+@pytest.mark.parametrize("method", ["greentrainer", "gps"])
+def test_gradients_for_a_choice_pass_a_new_head_of_zeros(tmp_path, tokenizer, sentences, method):
+    """What is chosen is what is chosen with a head that is drawn; the head of the model stays as it was."""
+    models.bert(2).bert.save_pretrained(tmp_path / "base")  # the head is new
+    tokenizer.save_pretrained(tmp_path / "base")
+    examples = [{"text": t, "label": "early" if t[0] < "n" else "late"} for t in sentences(16)]
+    chosen = []
+    for zero in (True, False):
+        base = graft.load_base(tmp_path / "base", objective="classification", examples=examples)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            base.model.classifier.weight.normal_(std=0.0 if zero else 0.02)
+        recipe = graft.Recipe.of(method, **METHODS[method].small)
+        made = adapt(base, choose("classification", examples, base.model), examples, recipe, None, None, 0, 16,
+                     {"processor": base.processor})["default"]  # fmt: skip
+        assert base.heads == ["classifier"] and base.model.classifier.weight.any() == (not zero)
+        chosen.append({k: v for k, v in made.state_dict().items() if "classifier" not in k})
+    assert chosen[0].keys() == chosen[1].keys()
+    assert all(torch.equal(v, chosen[1][k]) for k, v in chosen[0].items())

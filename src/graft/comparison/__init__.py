@@ -29,7 +29,7 @@ from ..core.hyper import Range
 from ..models import Base, load_base
 from ..runs import contestants, limits, plan, pool
 from ..runs.contestants import Contestant
-from ..runs.reference import chosen, final, tuning
+from ..runs.reference import QUANTISE, chosen, final, tuning
 from ..runs.single import DTYPE, UNTRAINED, some
 from ..runs.store import Record, Store
 from ..runs.summary import Summary, summarise
@@ -111,6 +111,7 @@ def compare(
     validation: Annotated[Any, "own data: other data to choose rates on, or the share to hold out"] = 0.1,
     test: Annotated[Any, "own data: other data to measure on, or the share to hold out"] = 0.1,
     columns: Annotated[Mapping | None, "own data: {name that is needed: name in the data}"] = None,
+    quantise: Annotated[str | None, QUANTISE] = None,
     output: Annotated[str | Path, "folder of the records, the results and the report"] = "runs/compare",
     resume: Annotated[bool, "go on with the comparison in that folder: no run is made twice"] = False,
     jobs: Annotated[int, "runs at a time, each in a process of its own", Range(1)] = 1,
@@ -130,9 +131,9 @@ def compare(
     no-op, the base whose new head is not trained. A method that is not shown to beat a control is marked so.
 
     With a budget that is too small for 8 steps of every run, the methods are screened for half of the time that the
-    controls leave: 8 steps with the rate in the middle of the grid, then, the best ones first, with the other rates;
-    judged by the loss on at most 128 rows of the validation split. The best ones are compared with the controls, as
-    many as fit with 32 steps or more. What is left out is not shown to be worse.
+    controls leave: 8 steps with the highest rate, then, the best ones first, with the other rates; judged by the loss
+    on at most 128 rows of the validation split. The best ones are compared with the controls, as many as fit with 32
+    steps or more. What is left out is not shown to be worse.
 
     A run that fails is a record with the reason, and the others go on. What stopped goes on with `resume`.
 
@@ -146,7 +147,7 @@ def compare(
     rest = [size for size in sizes if not 0 < size <= len(made.rows("train"))]
     if rest:
         raise GraftError(f"sizes={rest[0]}: the train split of {made.name} has {len(made.rows('train'))} rows")
-    base = load_base(model, dtype=DTYPE)
+    base = load_base(model, dtype=DTYPE, quantise=quantise)
     examples = read(made.rows("train"), columns=made.reference.columns)
     objective = choose("auto", examples, type(base.model).__name__)
     names, unfit = _contestants(methods, base, made, objective)
@@ -154,13 +155,13 @@ def compare(
     if forgets := _forgetting(forgetting, objective.name):
         also["forgetting"] = forgets
     plans = tuning(
-        made, method=names, base=str(model), seed=seeds[0], learning_rates=learning_rates, steps=steps,
-        batch_size=batch_size, max_length=max_length, rows=rows,
+        made, method=names, base=str(model), quantise=quantise, seed=seeds[0], learning_rates=learning_rates,
+        steps=steps, batch_size=batch_size, max_length=max_length, rows=rows,
     )  # fmt: skip
     plans = [[replace(c, splits=("train", "validation")) for c in of] for of in plans]
     settings = plain({
         "model": str(model), "task": made.name, "knobs": plans[0][0].knobs, "data": plans[0][0].data, "methods": names,
-        "budget": budget, "steps": steps, "memory": memory, "seeds": list(seeds),
+        "quantise": quantise, "budget": budget, "steps": steps, "memory": memory, "seeds": list(seeds),
         "learning_rates": learning_rates, "sizes": list(sizes), "target": target, "also": also,
         "rows": plans[0][0].rows, "training": plans[0][0].training,
     })  # fmt: skip

@@ -39,7 +39,7 @@ class Fitted(NamedTuple):
 
 @dataclass
 class Fitting:
-    """Contestants, one plan each: a configuration a learning rate; and the time for all their runs.
+    """Contestants, one plan each: a configuration a learning rate, the lowest first; and the time for all their runs.
 
     also, seeds, sizes  what a final run measures beside the metrics, how many there are, and how often with fewer rows
     seconds, at_most    the budget, counted from `begun` (of `time.monotonic`), and the most steps that are wanted
@@ -90,9 +90,9 @@ class Fitting:
         raise GraftError(f"no contestant can be trained: {next(iter(self.unfit.values()))}")
 
     def _screened(self, first: Sequence[Configuration], trial: Record, all_of_them: Sequence[Cost]) -> Fitted:
-        """Every method for a few steps, first with the rate in the middle, then the best ones with their other rates,
-        for half of the time that the controls leave; of the best ones by the validation loss, as many are compared as
-        fit with MORE times these steps."""
+        """Every method for a few steps, first with its highest rate, which does most in a few, then the best ones with
+        their other rates, for half of the time that the controls leave; of the best ones by the validation loss, as
+        many are compared as fit with MORE times these steps."""
         known = [plan for plan in self.trained if name(plan[0]) not in self.unfit]
         controls = [plan for plan in known if plan[0].method in CONTROLS]
         others = {name(plan[0]): plan for plan in known if plan[0].method not in CONTROLS}
@@ -110,9 +110,9 @@ class Fitting:
         spare = self._left() - budget.needed(least, self._enough)
         until = time.monotonic() + max(spare / 2, each * len(others)) / jobs
         limit = max(SLOW * each, PATIENCE)
-        looks = self._run("screening", [look(_usual(plan)) for plan in others.values()], limit, until)
+        looks = self._run("screening", [look(plan[-1]) for plan in others.values()], limit, until)
         order = {row["method"]: None for row in _ranked(looks)} | {name(r.configuration): None for r in looks if r.done}
-        rest = [look(c) for method in order for c in others[method] if c != _usual(others[method])]
+        rest = [look(c) for method in order for c in others[method][-2::-1]]
         looks += self._run("screening", rest, limit, until)
         rows, seen = _ranked(looks), {name(r.configuration): r for r in looks}
         placed = {row["method"] for row in rows}
@@ -194,11 +194,6 @@ def training(c: Configuration, **changes: Any) -> Configuration:
 
 def name(c: Configuration) -> str:
     return title(c.method, c.options)
-
-
-def _usual(plan: Sequence[Configuration]) -> Configuration:
-    """The run at the rate in the middle."""
-    return plan[len(plan) // 2]
 
 
 def look(c: Configuration) -> Configuration:

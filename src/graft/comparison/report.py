@@ -48,10 +48,10 @@ FEWER = (
     "parts of larger ones."
 )
 SCREENING = (
-    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with the rate in the "
-    "middle of its grid, and, the best ones first, with its other rates as long as there was time; with one seed, and "
-    f"measured on at most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. "
-    "What is left out is not shown to be worse."
+    f"The budget is too small for all runs of all methods. So each was trained for {TRIAL} steps with its highest "
+    "rate, and, the best ones first, with its other rates as long as there was time; with one seed, and measured on at "
+    f"most {ROWS} rows of the validation split. <b>Bold</b>: the best ones, which are compared above. What is left out "
+    "is not shown to be worse."
 )
 GUARD = (
     "One validation set chose every rate, so its best score flatters. Thresholdout (Dwork et al., 2015) answers with "
@@ -128,7 +128,8 @@ def html(found: "Comparison") -> str:
 
 def page(what: str, settings: Mapping[str, Any], parts: Sequence[str]) -> str:
     """A page that needs nothing but itself, with the model and the task in its heading."""
-    name, body = f"{settings['model']} on {settings['task']}", "\n".join(filter(None, parts))
+    model = f"{settings['model']} ({settings['quantise']})" if settings.get("quantise") else settings["model"]
+    name, body = f"{model} on {settings['task']}", "\n".join(filter(None, parts))
     style, script = (
         files("graft.comparison").joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js")
     )

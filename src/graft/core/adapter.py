@@ -15,7 +15,7 @@ from .delta import Adapted, Delta, Deltas, Fresh, base_modules, is_owned, mount,
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
-from .site import Site, quantised_sites, site_for
+from .site import Site, is_quantised, quantised_sites, site_for
 from .targets import is_preset, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter
@@ -319,6 +319,7 @@ class Adapter:
         for path, module in self.heads:
             own = None if saved is None else tensors_by_path(saved).get(path, {})
             site = site_for(path, module, HEADS, saved=own, head=True)
+            _check_codes(_full(), site)
             self.deltas[path] = self._place(_full()(site), site, dtype)
             sites.append(site)
         for site in sites:
@@ -359,6 +360,7 @@ class Adapter:
                     f"{cls.name} works on {', '.join(cls.hosts)}; {site.path or 'the model'} is a {site.kind} "
                     f"({type(site.module).__name__})"
                 )
+            _check_codes(cls, site)
             missing = [need for need in cls.asks(recipe.at(site)) if need not in site.stats]
             if missing and site.saved is None:
                 raise GraftError(
@@ -597,6 +599,14 @@ def tensors_by_path(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         path, _, tensor = key.rpartition(":")
         found.setdefault(path, {})[tensor] = value
     return found
+
+
+def _check_codes(method: type[Delta], site: Site) -> None:
+    """Refuse to train codes, also where a preset picked the site: without it the method would be another one."""
+    if method.on_codes or not any(map(is_quantised, base_modules(site.module).values())):
+        return
+    weight = "its weight" if is_quantised(site.module) else "a weight in it"
+    raise GraftError(f"{method.name} cannot work at {site.path or 'the model'}: {weight} is quantised")
 
 
 HEADS = ("linear", "conv", "embedding", "norm", "module")

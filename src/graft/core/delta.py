@@ -64,6 +64,7 @@ class Delta(nn.Module, metaclass=_MethodType):
     known: str = ""  # where it shines or fails, in one or two sentences that say who reports it
     version = 1  # raised when saved files of the method change their meaning
     hosts: tuple[str, ...] = ("linear", "conv", "embedding")  # kinds of sites on which the method is right
+    on_codes = True  # whether it works at quantised layers, and at modules that hold some
     targets: Any = "all-linear"  # where it goes unless the user says otherwise
     needs: tuple[str, ...] = ()  # statistics it may be built from, see statistics.py and `asks`
     brings_rows = False  # it replaces rows which a base loaded anew draws at random: no part of the base's fingerprint

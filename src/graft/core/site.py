@@ -304,7 +304,8 @@ class _Rescale(torch.autograd.Function):
         free, factor = z if b is None else z - b, 1 + gain
         share = (grads[0] * free).sum_to_size(gain.shape) / factor
         to_y = torch.addcmul(grads[0], grads[0], gain.to(z.dtype))
-        return to_y, torch.where(factor == 0, 0, share), None
+        to_b = (grads[0] - to_y).sum_to_size(b.shape) if b is not None and ctx.needs_input_grad[2] else None
+        return to_y, torch.where(factor == 0, 0, share), to_b
 
 
 class Conv1DSite(LinearSite, hosts=("transformers.pytorch_utils.Conv1D",)):
@@ -556,6 +557,7 @@ class QuantisedSite(LinearSite):
     d_in = property(lambda self: self.module.in_features)
     weight = property(lambda self: self.decode())
     passes_gradient: Any = True  # whether backward of the module itself reaches x
+    dtype: torch.dtype | None = None  # of x and y, where the module computes in one alone
 
     def decode(self) -> Tensor:
         """The matrix [out, in] with which the module computes."""
@@ -584,7 +586,9 @@ class QuantisedSite(LinearSite):
     def where(self):
         own = self.codes().values()
         found = next((t for t in own if t.is_floating_point()), None)
-        return next((t.new_empty(0, dtype=torch.float32) for t in own), torch.empty(0)) if found is None else found
+        if found is None or self.dtype is not None:
+            return next((t.new_empty(0, dtype=self.dtype or torch.float32) for t in own), torch.empty(0))
+        return found
 
     def layout(self, w, b):
         raise GraftError(

@@ -134,8 +134,8 @@ def collect(
     weight_square [out, in]     mean over batches of the square of this gradient: the diagonal of the empirical Fisher
     weight_change [out, in]     what one pass of full fine-tuning over `data` changes in the matrices of all targets
                                 (AdamW with `learning_rate`, without decay); they get their values back
-    fisher                      the trace of the empirical Fisher in all parameters of the host: the sum of the squares
-                                of their gradients, as the mean over batches
+    fisher                      how large the diagonal of the empirical Fisher is in the parameters of the host: the sum
+                                over its tensors of ||F||_F, F the mean over batches of the squares of their gradients
     weight [out, in]            the host's matrix itself, of a model that is not the one to be adapted; without `data`
     width                       number of output features
     input_gram [in, in]         sum over tokens of x x^T
@@ -195,6 +195,7 @@ def collect(
         before = {w: w.detach().clone() for w in flags}
         tuner = torch.optim.AdamW(before, learning_rate, weight_decay=0.0)
     sums: dict[tuple[str, str], Any] = defaultdict(float)
+    squares = {w: torch.zeros_like(w) for own in inside.values() for w in own}
     try:
         for w in flags:
             w.requires_grad_(True)
@@ -207,8 +208,9 @@ def collect(
                 continue
             # Parameters that did not run, such as those below a copy of their module, have no gradient.
             found = dict(zip(flags, torch.autograd.grad(value, [*flags], allow_unused=True)))
-            for path, own in inside.items():
-                sums[path, "fisher"] += sum(g.square().sum().item() for w in own if (g := found[w]) is not None)
+            for w in squares:
+                if (g := found[w]) is not None:
+                    squares[w] += g.square()
             for path, w in weights.items():
                 g = torch.zeros_like(w) if found[w] is None else found[w]
                 if "weight_grad" in needs:
@@ -229,7 +231,7 @@ def collect(
                 )
                 stats[path][need] = _as_matrix(site, mean)
             if path in inside:
-                stats[path]["fisher"] = sums[path, "fisher"] / count
+                stats[path]["fisher"] = sum(torch.linalg.vector_norm(squares[w]).item() for w in inside[path]) / count
             if "weight" in needs:
                 stats[path]["weight"] = site.weight.detach().clone()
             stats[path].update({n: s.value() for n, s in streams[path].items()})

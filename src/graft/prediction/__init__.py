@@ -74,6 +74,7 @@ def predict_cost(
     targets: str | Mapping[str, Any] | Sequence[str] | None = None,
     heads: str | Sequence[str] | None = None,
     dtype: str = "auto",
+    quantise: str | None = None,
     revision: str | None = None,
     examples_for_statistics: int = 64,
     measure: bool = True,
@@ -89,8 +90,11 @@ def predict_cost(
     from the second one on. So phases of a method which come later in its schedule are not seen, nor are evaluation and
     saving. Where contents decide how large something is, a mask counts as full.
 
-    Raises `GraftError` for what `graft.tune` refuses, and for a method that cannot do without contents.
+    Raises `GraftError` for what `graft.tune` refuses, for a method that cannot do without contents, and for a base to
+    quantise: codes have sizes of their own.
     """
+    if quantise is not None:
+        raise GraftError(f"what a run takes on a base quantised by {quantise} cannot be predicted: leave quantise out")
     columns, seed = training.pop("columns", None), training.get("seed", 0)
     examples, name = read(data, columns=columns), model.name if isinstance(model, Base) else model
     shown = model.model if isinstance(model, Base) else architecture(name, revision)

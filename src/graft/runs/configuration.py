@@ -28,6 +28,7 @@ class Configuration:
     train_rows  as many rows of the train split as are trained on at most; the smaller of two draws is within the larger
     also      what is measured beside that: `points` of a curve of the validation loss; `latency` (true) of one batch;
               the loss on the data of `forgetting`, {"data": name, "rows": at most, "fingerprint": of these}
+    quantise  how the base's linear layers are quantised, see `graft.quantise`; full fine-tuning trains the plain ones
     """
 
     base: str
@@ -45,6 +46,12 @@ class Configuration:
     splits: tuple[str, ...] = ("validation",)
     train_rows: int | None = field(default=None, metadata=LATER)
     also: Mapping[str, Any] = field(default_factory=dict, metadata=LATER)
+    quantise: str | None = field(default=None, metadata=LATER)
+
+    @property
+    def model(self) -> str:
+        """The base for a table: "graft:seedling", or "graft:seedling (int8)"."""
+        return f"{self.base} ({self.quantise})" if self.quantise else self.base
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""

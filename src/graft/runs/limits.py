@@ -38,8 +38,13 @@ def cost(configuration: Configuration) -> Cost:
 def misfit(configuration: Configuration, *, memory: int) -> str | None:
     """Why a run is not to be started, or None if it keeps within so many bytes of memory.
 
-    A control that is not trained fits; a method that cannot be put on the model does not.
+    A control that is not trained fits; a method that cannot be put on the model does not. Raises `GraftError` for a
+    quantised base, of which nothing is known before.
     """
+    if configuration.quantise:
+        raise GraftError(
+            f"what a run takes on a base quantised by {configuration.quantise} is not known before: leave the limit out"
+        )
     if configuration.method in UNTRAINED:
         return None
     try:

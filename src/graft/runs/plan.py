@@ -19,12 +19,12 @@ def known(place: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str
         return None
     try:
         found = json.loads(place.read_bytes())
-        other = next((k for k, v in settings.items() if found["settings"][k] != v), None)
-    except (ValueError, KeyError, TypeError):
+        other = next((k for k, v in settings.items() if found["settings"].get(k) != v), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise GraftError(f"{place} is no plan of a {what}: choose another output") from None
     if other:
         raise GraftError(
-            f"{folder} holds a {what} with {other}={found['settings'][other]}, not {settings[other]}: "
+            f"{folder} holds a {what} with {other}={found['settings'].get(other)}, not {settings[other]}: "
             "choose another output"
         )
     if not resume:

@@ -18,6 +18,7 @@ from .store import Record, archive
 from .summary import Summary, choose, summarise
 
 TRAINING = {"schedule": "linear", "warmup": 0.06, "optimizer": "adamw", "weight_decay": 0.0, "clip": 1.0}
+QUANTISE = "the base's linear layers: int8, or int8-weights and nf4 with the extra `quantised`"
 
 
 def reference(
@@ -29,6 +30,7 @@ def reference(
         "By default the reference set",
     ] = None,
     base: Annotated[str | None, "the base model; by default that of the task"] = None,
+    quantise: Annotated[str | None, QUANTISE] = None,
     seeds: Annotated[Sequence[int], "of the runs at the chosen rate; the first one tries the rates"] = (0, 1, 2),
     learning_rates: Annotated[Sequence[float] | None, "to try; by default those of the method"] = None,
     steps: Annotated[int | None, "optimizer steps; by default those of the task", Range(1)] = None,
@@ -58,7 +60,7 @@ def reference(
     """
     made = tasks.parse(task)[0] if isinstance(task, str) else task
     plans = tuning(
-        made, method=method, base=base, seed=seeds[0], learning_rates=learning_rates, steps=steps,
+        made, method=method, base=base, quantise=quantise, seed=seeds[0], learning_rates=learning_rates, steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
     )  # fmt: skip
     options: dict[str, Any] = {"jobs": jobs, "threads": threads, "retry": retry, "progress": progress}
@@ -74,6 +76,7 @@ def tuning(
     *,
     method: Sequence[str] | None = None,
     base: str | None = None,
+    quantise: str | None = None,
     seed: int = 0,
     learning_rates: Sequence[float] | None = None,
     steps: int | None = None,
@@ -94,8 +97,9 @@ def tuning(
     place = base or usual.base
     if not place:
         raise GraftError(f"the task {task.name} has no base of its own: name one, such as base='graft:seedling'")
+    weights = fingerprint(load_base(place, dtype=DTYPE, quantise=quantise).model)
     common = Configuration(
-        base=place, weights=fingerprint(load_base(place, dtype=DTYPE).model), task=task.name, version=task.version,
+        base=place, weights=weights, quantise=quantise, task=task.name, version=task.version,
         knobs={knob.name: getattr(task, knob.name) for knob in fields(task)}, data=task.fingerprint(), method="",
         rows=rows or usual.rows, seed=seed,
     )  # fmt: skip

@@ -177,7 +177,7 @@ class Trained(NamedTuple):
 def _adapted(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
     done = tune(
         configuration.base, examples, method=recipes(configuration), targets=configuration.targets, dtype=DTYPE,
-        seed=configuration.seed, progress=False, **training,
+        quantise=configuration.quantise, seed=configuration.seed, progress=False, **training,
     )  # fmt: skip
     return Trained(done.base, done.result, list(done.adapters.values()))
 
@@ -232,8 +232,11 @@ def _linear_probe(configuration: Configuration, examples: Examples, training: di
 
 
 def _full_fine_tuning(configuration: Configuration, examples: Examples, training: dict[str, Any]) -> Trained:
-    """All parameters of the base itself: a copy beside it, as `full` makes, would part what is tied."""
-    base = _loaded(configuration, examples, training)
+    """All parameters of the base itself: a copy beside it, as `full` makes, would part what is tied.
+
+    Those of the plain base, since codes cannot be trained.
+    """
+    base = _loaded(replace(configuration, quantise=None), examples, training)
     base.model.requires_grad_(True)
     result = fit(
         base.model, examples, processor=base.processor, objective=base.objective or "auto",
@@ -257,8 +260,9 @@ def _loaded(
 ) -> Base:
     objective = choose("auto", examples, architecture(configuration.base)).name
     base = load_base(
-        configuration.base, objective=objective, examples=examples, dtype=DTYPE, device=device, seed=configuration.seed
-    )
+        configuration.base, objective=objective, examples=examples, dtype=DTYPE, device=device,
+        quantise=configuration.quantise, seed=configuration.seed,
+    )  # fmt: skip
     base.max_length = training.get("max_length")
     return base
 

@@ -49,7 +49,7 @@ class Summary:
         }
         return {
             "task": self.setting.task,
-            "base": self.setting.base,
+            "base": self.setting.model,
             "method": self.title,
             "seeds": [r.configuration.seed for r in self.final],
             "learning_rate": self.rate,

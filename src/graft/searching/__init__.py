@@ -28,7 +28,7 @@ from ..core.hyper import Range
 from ..models import load_base
 from ..runs import plan, pool
 from ..runs.contestants import title
-from ..runs.reference import final, tuning
+from ..runs.reference import QUANTISE, final, tuning
 from ..runs.single import DTYPE
 from ..runs.store import Record
 from ..runs.summary import measured, spread
@@ -100,6 +100,7 @@ def search(
     validation: Annotated[Any, "own data: other data to choose by, or the share to hold out"] = 0.1,
     test: Annotated[Any, "own data: other data to measure on, or the share to hold out"] = 0.1,
     columns: Annotated[Mapping | None, "own data: {name that is needed: name in the data}"] = None,
+    quantise: Annotated[str | None, QUANTISE] = None,
     engine: Annotated[str, "where the runs are made: local, or ray"] = "local",
     scheduler: Annotated[
         str | None, "with ray: asha or hyperband, which stop bad runs early; pbt: they go on from better ones"
@@ -138,7 +139,8 @@ def search(
     searched = None if supernet else Space.of(space, domains, load_base(model, dtype=DTYPE).model)
     kind = searchers.find((supernet is None and searcher) or ("config" if len(names) == 1 else "autopeft"))
     common = tuning(
-        made, method=["lora"], base=str(model), seed=seeds[0], learning_rates=[1e-3], steps=steps,
+        made, method=["lora"], base=str(model), quantise=quantise, seed=seeds[0], learning_rates=[1e-3],
+        steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
     )[0][0]  # fmt: skip
     where, given = engines.find(engine), {k: v for k, v in (("scheduler", scheduler), ("address", address)) if v}
@@ -147,7 +149,8 @@ def search(
     if scheduler:
         common = replace(common, also={"points": POINTS})
     settings = plain({
-        "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data, "space": list(space),
+        "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data,
+        "quantise": quantise, "space": list(space),
         "domains": domains, "searcher": supernet or kind.name, "objective": names, "at_most": within,
         "seeds": list(seeds),
         "rows": common.rows, "also": common.also,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.errors import GraftError
+from ..core.site import quantised_sites
 from . import objectives
 from .data import read, take
 from .messages import said
@@ -165,6 +166,9 @@ def half(model: nn.Module, precision: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16; "auto": on a GPU that has it, or where the base is stored in it."""
     if precision not in PRECISIONS:
         raise GraftError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if precision == "bf16" and (only := next((s for s in quantised_sites(model) if s.dtype), None)):
+        kind = str(only.dtype).removeprefix("torch.")
+        raise GraftError(f"{only.path} is quantised and computes in {kind} alone: leave precision='bf16' out")
     if precision != "auto":
         return precision == "bf16"
     stored = any(p.dtype == torch.bfloat16 for p in model.parameters())

@@ -18,6 +18,7 @@ class DynamicSite(QuantisedSite, hosts=("torch.ao.nn.quantized.dynamic.modules.l
     """
 
     passes_gradient = False
+    dtype = torch.float32  # though its scales are float64
 
     @property
     def bias(self):

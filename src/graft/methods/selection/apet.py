@@ -16,8 +16,10 @@ class APET(Entries, name="apet"):
     with numbers from one on a meter of how few a task takes. The positions come from the adapter's seed, and are not
     saved.
 
-    From the abstract of the paper, first called "Arbitrary Few Parameters are Good Enough for Adapting Large-scale
-    Pre-trained Language Models"; its full text could not be read.
+    The paper, first called "Arbitrary Few Parameters are Good Enough for Adapting Large-scale Pre-trained Language
+    Models", could be read to its introduction. The authors' code (github.com/yushengsu-thu/PET_Scaling) draws whole
+    tensors of the base, and whole LoRA and adapter modules beside them, until the number is reached; single entries, as
+    here, are what its text says: any number of parameters distributed in arbitrary positions.
     """
 
     papers = (

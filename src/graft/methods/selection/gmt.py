@@ -17,8 +17,10 @@ class GMT(Full, name="gmt"):
     V <- V - eta M(dL/dV). The choice is made anew at every step, so that all weights may move. With momentum in the
     optimizer, entries chosen before go on moving. The gradient and the optimizer state are those of full fine-tuning.
 
-    From a public summary of the paper (the formula of the masked update and the top k by |gradient| after
-    accumulation), whose text finds the ratio to matter little; the default here is not the paper's.
+    The paper, first called "Gradient-Mask Tuning Elevates the Upper Limits of LLM Performance", could not be read
+    beyond its abstract, and no code of its authors was found. From a summary (the formula of the masked update, the top
+    k by |gradient| after accumulation, and that the share matters little) and from the code of source-shielded updates
+    (SSU), where it is a baseline: each tensor by itself, 20 % by default.
     """
 
     papers = (

@@ -11,12 +11,12 @@ class Surgical(Full, name="surgical"):
     """y' = m(x) at the `layers` targets with the highest Fisher score, m a copy of the layer trained from it; so W' = V
     for each matrix W [out, in] in it. The other layers are left alone: no gradient, no optimizer state, nothing saved.
 
-    The score of a layer is the trace of the empirical Fisher information in its parameters, the sum over them of
-    (dL/dw)^2, as the mean over the batches given to `graft.collect`; for the Fisher of single examples give batches of
-    one.
+    The score of a layer is the sum over its tensors of ||F||_F, F the diagonal of the empirical Fisher information: the
+    mean of (dL/dw)^2 over the batches given to `graft.collect`; for that of single examples give batches of one.
 
-    From the paper's abstract (the diagonal of the Fisher information ranks layers, and the ranking holds during
-    training). Its full text and code could not be read: the sum over a layer is taken here.
+    From the authors' code (`fim_calculator.py` in github.com/ymtao5219/surgical_fine_tuning), which takes 100 examples
+    and the gradients of the logit of the label (pass that as loss= to `graft.collect` for the same). The paper itself
+    could not be read beyond its abstract; how many layers are trained is not from there.
     """
 
     papers = (

@@ -20,7 +20,7 @@ class COLA(LowRank, name="cola"):
 
     The change may have the rank links times rank. The A of a later link is drawn from how far training is, so that all
     processes draw the same. The steps (tune, merge, begin anew with A, B and the optimizer) are those of the paper's
-    abstract; its code could not be read.
+    abstract; its text could not be read, and no code of it was found: the number of links is a choice.
     """
 
     papers = (

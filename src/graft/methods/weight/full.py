@@ -1,6 +1,8 @@
 """Full fine-tuning of chosen modules, as a delta: the base stays as it is beside it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -11,7 +13,7 @@ from ...core.delta import Delta, Paper, bare_copy
 from ...core.formats import As
 from ...core.formats.lycoris import Lycoris
 from ...core.hyper import Range
-from ...core.site import QuantisedSite, kind_of, site_for
+from ...core.site import kind_of, site_for
 
 
 def _change(name: str) -> tuple:
@@ -64,6 +66,7 @@ class Full(Delta, name="full"):
     )
 
     hosts = ("linear", "conv", "embedding", "norm", "module")
+    on_codes = False
     targets = "head"
     lycoris = _FullLycoris(
         {"copy.weight": As("diff", *_change("weight")), "copy.bias": As("diff_b", *_change("bias"), optional=True)}
@@ -88,10 +91,6 @@ class Full(Delta, name="full"):
         if anew is not None and site.saved is None:
             _forget(self.copy, anew)
 
-    @classmethod
-    def refuses(cls, site):
-        return "its weight is quantised" if isinstance(site, QuantisedSite) else None
-
     def forward(self, inner, *args, **kwargs):
         if self.site.kind != "module":
             return super().forward(inner, *args, **kwargs)
@@ -99,7 +98,10 @@ class Full(Delta, name="full"):
         wanted, resting = self.site.where().dtype, self.resting
         own = ((n, p.detach() if resting else p) for n, p in self.copy.named_parameters())
         cast = {n: p.to(wanted) for n, p in own if resting or p.dtype != wanted}
-        return functional_call(self.copy, cast, args, kwargs) if cast else self.copy(*args, **kwargs)
+        if not cast:
+            return self.copy(*args, **kwargs)
+        with _in_one_piece(self.copy):
+            return functional_call(self.copy, cast, args, kwargs)
 
     def weight(self, w):
         return self._own().weight
@@ -114,6 +116,22 @@ class Full(Delta, name="full"):
         own = copy.copy(self.site)
         own.module = self.copy
         return own
+
+
+@contextmanager
+def _in_one_piece(module: nn.Module) -> Iterator[None]:
+    """Without gradient checkpoints in it: backward would run those parts again when the cast tensors are gone.
+
+    One around the host covers all of them.
+    """
+    parts: list[Any] = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
 
 
 @torch.no_grad()

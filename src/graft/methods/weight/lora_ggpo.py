@@ -20,8 +20,10 @@ class LoRAGGPO(LoRA, name="lora_ggpo"):
     In evaluation and once merged this is a LoRA with A [rank, in] and B [out, rank]; with sigma = beta = 0 in training,
     too. The first step has no noise.
 
-    Source: neither the paper's text nor its code could be read. Formula and defaults are those of kohya's sd-scripts
-    (`networks/lora_flux.py`), which has an estimate in place of the norms of the rows of W.
+    Source: of the paper's first version neither the text nor the code could be read; its later versions, LoRA-MGPO, are
+    another method, which follows the momentum. Formula and defaults are those of kohya's sd-scripts
+    (`networks/lora_flux.py`), which has an estimate in place of the norms of the rows of W. Another reimplementation,
+    which names the paper's equations 6 to 8, has the variance sigma^2 (||W_i||^2 + beta ||G_i||^2) / in instead.
     """
 
     papers = (
@@ -29,7 +31,7 @@ class LoRAGGPO(LoRA, name="lora_ggpo"):
             "LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization",
             "Chang et al.",
             2025,
-            "https://arxiv.org/abs/2502.14538",
+            "https://arxiv.org/abs/2502.14538v1",
         ),
     )
     known = (

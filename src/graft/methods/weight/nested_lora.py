@@ -16,7 +16,9 @@ class NestedLoRA(Spectral, name="nested_lora"):
     The outer LoRA are the largest singular triplets U [out, rank], s and V [rank, in] of W, made from W and not saved;
     A [inner, rank] is random (Kaiming uniform) and B [rank, inner] zero, so that 2 rank inner parameters are trained,
     whatever the size of W. The nesting is the paper's. How it splits s between the outer matrices was read in a review
-    of the paper only, and its activation-aware decomposition is left out; neither code nor defaults are published.
+    of the paper only; the activation-aware decomposition of its later version (Efficient Fine-Tuning of Large Models
+    via Nested Low-Rank Adaptation. Li et al., 2025) is left out. Of the authors' repository only the front page could
+    be read: the defaults are choices.
     """
 
     papers = (

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...core.delta import Delta, Host, Paper, base_modules, base_parameters
+from ...core.errors import GraftError
 
 
 class _Bare(nn.Module):
@@ -59,6 +60,7 @@ class Tangent(Delta, name="tangent"):
         "Arithmetic in the Tangent Space` report that task vectors learnt so add and subtract better."
     )
     hosts = ("module",)
+    on_codes = False
     passes_x = True
     bare: Any
 
@@ -70,6 +72,12 @@ class Tangent(Delta, name="tangent"):
         object.__setattr__(self, "bare", _Bare(site.module))  # a plain reference, never registered here
 
     def forward(self, inner, *args, **kwargs):
+        parts = base_modules(self.site.module).items()
+        if any(path and getattr(m, "gradient_checkpointing", False) for path, m in parts):
+            raise GraftError(
+                f"tangent at {self.site.path or 'the model'}: no derivative goes forward through parts of the host "
+                f"that recompute their activations: adapt the blocks themselves, or leave checkpointing out"
+            )
         own = [self.site.module.get_parameter(name) for name in self.names]
         names = [f"module.{name}" for name in self.names]
         seen: list[Any] = []

@@ -25,8 +25,11 @@ class TLoRA(Delta, name="tlora"):
     gamma sum ||A_d[:, :, r, s] - I / rank||_F over all d, r, s is added to the loss.
 
     T alone (residual = 0) is a transform of the inputs like OFT's, but not orthogonal; a method called TLoRA for its
-    three matrices is another one. The formulas are the paper's as a published reproduction restates its section 3
-    (not compared with the authors' code); its ranks, number of cores and gamma are not known here, these are choices.
+    three matrices is another one. The formulas are those of the authors' code, of which a copy was read
+    (github.com/marcocst/PEFTDiff), and of the paper's section 3 as a reproduction restates it. The deviations of the
+    cores and gamma are the paper's; the code has other deviations, no penalty, alpha / sqrt(residual) before S, a rank
+    of 1 by default, where T is a Kronecker product, and as S a LoRA or a ring matrix at choice. The paper itself could
+    not be read: the ranks and the number of cores are choices.
     """
 
     papers = (

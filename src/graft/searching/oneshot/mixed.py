@@ -111,6 +111,7 @@ def mixed(space: Space, mixture: Literal["none", "outputs", "weights"] = "none",
     # Where deltas go, and what they are told there, is decided by their class.
     body = {"hosts": hosts, "targets": first.targets, "place": first.place, "places": first.places}
     body |= {"refuses": classmethod(refuses), "asks": classmethod(asks), "name": "mixed"}
+    body["on_codes"] = all(m.on_codes for m in methods)
     return Recipe(type(Mixed)("Mixed", (Mixed,), body), {"space": space, "mixture": mixture, "share": share})
 
 

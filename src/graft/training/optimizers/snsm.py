@@ -1,6 +1,5 @@
-"""Lean and Mean Adaptive Optimization via Subset-Norm and Subspace-Momentum. Nguyen, Nguyen, 2024.
-
-https://arxiv.org/abs/2411.07120
+"""Lean and Mean Adaptive Optimization via Subset-Norm and Subspace-Momentum with Convergence Guarantees. Nguyen,
+Nguyen, 2024. https://arxiv.org/abs/2411.07120
 """
 
 import math
