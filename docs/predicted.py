@@ -24,8 +24,9 @@ cost.peak, cost.parts, cost.step_seconds, cost.seconds
 ```
 
 `--dry-run` shows the memory by parts, the trained parameters, the size of what is saved, the time of a step and of all
-steps; `--json` the same in bytes and seconds. `graft compare --memory 2GiB` starts no run whose tensors would take
-more, and says so in its report. Runs on a base to quantise are not predicted.
+steps; `--json` the same in bytes and seconds. `graft compare --memory 2GiB` and `graft search --at-most memory=2GiB`
+start no run whose tensors would take more, and say so in their reports; `graft advise --memory 2GiB` recommends none.
+Runs on a base to quantise are not predicted.
 
 **Memory.** The largest batch of the run goes twice through `graft.fit` itself, on tensors that have shapes, dtypes and
 devices but no contents, and every storage is followed from its birth to its end. Nothing is allocated and no weights

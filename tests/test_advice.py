@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from graft import GraftError, advise, attach, bases, evidence
+from graft import GraftError, advise, attach, bases, evidence, predict_cost
 from graft.cli import run
 from graft.core.recipe import Recipe
 from graft.models import load_base
@@ -66,6 +66,18 @@ def test_limits_leave_out_with_the_reason(tables):
     assert advise("graft:minilm", rows, parameters=own - 1).recommendations == []
 
 
+def test_what_takes_too_much_memory_is_not_recommended_and_the_next_ones_move_up(tables):
+    rows = [{"text": f"{i} one two three", "label": "ab"[i % 2]} for i in range(8)]
+    methods = ["dora", "lora", "ia3"]
+    needs = {m: max((c := predict_cost("graft:minilm", rows, method=m, measure=False)).peak, c.start) for m in methods}
+    most = sorted(needs.values())[1]
+    found = advise("graft:minilm", rows, memory=f"{most / 2**20 + 0.01:.2f} MiB", count=2)
+    too_large = next(m for m in methods if needs[m] > most)
+    assert [r.method for r in found.recommendations] == [m for m in methods if m != too_large]
+    (method, why), *_ = found.left_out.items()
+    assert method == too_large and why.startswith(f"it would take {needs[too_large] / 2**20:,.1f} MiB of memory")
+
+
 def test_what_is_not_known_is_said(tables):
     found = advise(objective="regression")
     assert not found.recommendations and "nothing was measured for regression" in found.unknown[0]
@@ -87,6 +99,11 @@ def test_refuses_what_it_cannot_judge():
         advise()
     with pytest.raises(GraftError, match="depends on the model"):
         advise(objective="classification", parameters=10)
+    for given in ({"objective": "classification"}, {"data": [{"text": "x", "label": "a"}]}):
+        with pytest.raises(GraftError, match="memory=2GiB at most: that depends on the model and the data: name both"):
+            advise(memory="2GiB", **given)
+    with pytest.raises(GraftError, match="memory='much' is no size"):
+        advise("graft:minilm", "task:chapters", memory="much")
     with pytest.raises(GraftError, match="classify"):
         advise(objective="classify")
 

@@ -52,6 +52,7 @@ _PUBLIC = {
     "compare": "comparison",
     "advise": "advice",
     "rank": "ranking",
+    "allocate": "allocation",
     "search": "searching",
     "predict_cost": "prediction",
     "load_base": "models",

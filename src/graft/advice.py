@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from . import bases, evidence
-from .core.adapter import attach
 from .core.delta import METHODS
 from .core.errors import GraftError
 from .core.hyper import Range
 from .core.names import SHIPPED
-from .core.recipe import Recipe
-from .models import architecture, load_base
+from .models import Base, architecture, load_base
+from .prediction import predict_cost
+from .runs import limits
 from .runs.single import UNTRAINED
 from .training import objectives
 from .training.data import read
 from .training.evaluation import choose
+from .tuning import trained
 
 SHARE = 0.5  # of the tables that tell methods apart: what stands in fewer is not ranked
 FAR = 10  # times the largest base or the most rows measured, beyond which it is said that nothing is known
@@ -82,6 +83,9 @@ def advise(
     rows: Annotated[int | None, "of the train split, where there are no data", Range(1)] = None,
     columns: Annotated[Mapping | None, "{name that is needed: name in the data}"] = None,
     parameters: Annotated[int | None, "trained ones at most; needs a model", Range(1)] = None,
+    memory: Annotated[
+        str | None, "what the tensors of a run may take, such as 2GiB, with the defaults of tune; needs model and data"
+    ] = None,
     mergeable: Annotated[bool, "only what can be merged into the base"] = False,
     slower: Annotated[float | None, "time of a step at most, as a multiple of LoRA's", Range(above=0)] = None,
     count: Annotated[int, "how many methods to name", Range(1)] = 5,
@@ -97,11 +101,16 @@ def advise(
     with the first metric of the task, floor: always the commonest answer; of the loss (best loss / loss). What stands
     in less than half of the tables is not ranked. Where the objective was never measured there is no recommendation.
 
+    Memory is that of tensors, which `graft.predict_cost` foretells for the methods that come first.
+
     Raises `GraftError` for an unknown model, data or objective, neither data nor objective, and limits that need a
     model.
     """
     if data is None and objective is None:
         raise GraftError("advice needs data, or an objective: classification, causal-lm, ...")
+    allowed = None if memory is None else limits.size(memory)
+    if allowed is not None and (model is None or data is None):
+        raise GraftError(f"memory={memory} at most: that depends on the model and the data: name both")
     if parameters is not None and model is None:
         raise GraftError(f"parameters={parameters} at most: that depends on the model: name one")
     examples = None if data is None else read(data, columns=columns)
@@ -122,9 +131,10 @@ def advise(
         held = [(t, r) for t in telling for r in t["rows"] if r["method"] == name]
         if name in UNTRAINED or len(held) < SHARE * len(telling):
             continue
-        size = None if base is None else _parameters(base.model, base.heads, name)
-        if isinstance(size, str):
-            left_out[name] = size
+        try:
+            size = None if base is None else trained(base, limits.CONTROLS.get(name, name))
+        except GraftError as error:
+            left_out[name] = str(error)
             continue
         made = _recommendation(name, held, size)
         if why := _excluded(made, parameters, mergeable, slower):
@@ -132,8 +142,16 @@ def advise(
         else:
             found.append(made)
     found.sort(key=lambda r: (-r.tied / r.of, -r.quality))
+    kept = []
+    for r in found:
+        if len(kept) == count:
+            break
+        if why := None if base is None or allowed is None else _too_large(base, examples, r.method, allowed):
+            left_out[r.method] = why
+        else:
+            kept.append(r)
     return Advice(
-        objective, found[:count], _unknown(telling, tables, base, rows), left_out,
+        objective, kept, _unknown(telling, tables, base, rows), left_out,
         [REPORTED[objective]] if objective in REPORTED else [],
     )  # fmt: skip
 
@@ -182,26 +200,11 @@ def _figure(value: Mapping[str, float | None]) -> str:
     return f"{value['mean']:.3f}" + ("" if value["sd"] is None else f" ± {value['sd']:.3f}")
 
 
-def _parameters(model: Any, heads: Sequence[str], name: str) -> int | str:
-    """How many numbers it trains on the model, or why it does not fit."""
-    new = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
-    if name == "full-fine-tuning":
-        return sum(p.numel() for p in model.parameters())
-    if name == "linear-probe":
-        return new
-    try:
-        adapter = attach(model, Recipe.of(name), name="counted")
-    except GraftError as error:
-        return str(error)
-    try:
-        return sum(p.numel() for p in adapter.parameters()) + new
-    finally:
-        adapter.detach()
-
-
 def _excluded(r: Recommendation, parameters: int | None, mergeable: bool, slower: float | None) -> str | None:
     if parameters is not None and r.parameters is not None and r.parameters > parameters:
         return f"it trains {r.parameters:,} parameters"
+    if parameters is not None and r.parameters is None:
+        return "how many parameters it trains depends on the data"
     if mergeable and r.method in METHODS and not METHODS[r.method].mergeable():
         return "it cannot be merged"
     if slower is not None and r.step is None:
@@ -209,6 +212,16 @@ def _excluded(r: Recommendation, parameters: int | None, mergeable: bool, slower
     if slower is not None and r.step is not None and r.step > slower:
         return f"its step takes {r.step:g} times LoRA's"
     return None
+
+
+def _too_large(base: Base, examples: Any, name: str, memory: int) -> str | None:
+    try:
+        cost = predict_cost(
+            base, examples, method=limits.CONTROLS.get(name, name), objective=base.objective, measure=False
+        )
+        return limits.excess(cost, memory)
+    except GraftError as error:
+        return str(error)
 
 
 def _unknown(telling: Sequence[Mapping], tables: Sequence[Mapping], base: Any, rows: int | None) -> list[str]:

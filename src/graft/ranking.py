@@ -96,7 +96,7 @@ def rank(
         if not best:
             raise GraftError(f"no base can be trained: {next(iter(failures.values()))}")
         found: dict[str, dict[int, float]] = {base: {} for base in best}
-        unit, going = {base: _terms(c, made) for base, c in best.items()}, list(best.values())
+        unit, going = {base: terms(c, made) for base, c in best.items()}, list(best.values())
         for now in [sizes[:ACCEPT], *([size] for size in sizes[ACCEPT:])]:
             for record in pool.run([_with(c, n, epochs) for c in going for n in now], folder / "runs", **options):
                 base = record.configuration.base
@@ -139,7 +139,7 @@ def _line(losses: Mapping[int, float], delta: float) -> Line:
     return accept_then_stop([*losses], [*losses.values()], delta=delta)
 
 
-def _terms(c: Configuration, task: tasks.Task) -> float:
+def terms(c: Configuration, task: tasks.Task) -> float:
     """How many terms of the loss a row of the validation split has: 1 for a label, the tokens of an answer for text."""
     examples = read(subset(task, "validation", c.rows), columns=c.training.get("columns"))
     kind = choose("auto", examples, architecture(c.base))

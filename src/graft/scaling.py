@@ -1,4 +1,4 @@
-"""How the loss falls with the number of training rows, and what that says of rows nobody trained on yet.
+"""How the loss falls with training rows or compute, and what that says of more than anybody trained with yet.
 
 Selecting Large Language Model to Fine-tune via Rectified Scaling Law. Lin et al., 2024.
 https://arxiv.org/abs/2402.02314 (formulas from its project page, the algorithm from its authors' code)
@@ -62,14 +62,14 @@ class Rectified:
 
 
 class Line(NamedTuple):
-    """log L = intercept + slope log D, and on how many of the largest sizes it rests."""
+    """log y = intercept + slope log x, and on how many points it rests."""
 
     intercept: float
     slope: float
     accepted: int
 
-    def __call__(self, rows: float) -> float:
-        return float(np.exp(self.intercept + self.slope * np.log(rows)))
+    def __call__(self, x: float) -> float:
+        return float(np.exp(self.intercept + self.slope * np.log(x)))
 
 
 def accept_then_stop(
@@ -91,6 +91,27 @@ def accept_then_stop(
         if taken == len(x) or _outlier(x, y, taken, slope, intercept, delta):
             return Line(float(intercept), float(slope), taken)
         taken += 1
+
+
+class Frontier(NamedTuple):
+    """The best run at each compute, extended: its loss, and the size of its model."""
+
+    loss: Line
+    size: Line
+
+
+def frontier(compute: Sequence[float], sizes: Sequence[float], losses: Sequence[float]) -> Frontier:
+    """Lines in log-log space through the runs with the lowest loss at each compute: log L and log N over log C.
+
+    compute, sizes, losses: one a run, several runs at each of two values of the compute or more.
+    """
+    _checked(compute, losses, 2)
+    best: dict[float, tuple[float, float]] = {}
+    for c, n, loss in zip(compute, sizes, losses):
+        best[c] = min(best.get(c, (loss, n)), (loss, n))
+    x, y = np.log([*best]), np.log([*best.values()])
+    (loss, size), (loss_0, size_0) = np.polyfit(x, y, 1)
+    return Frontier(Line(float(loss_0), float(loss), len(best)), Line(float(size_0), float(size), len(best)))
 
 
 def _outlier(x: np.ndarray, y: np.ndarray, taken: int, slope: float, intercept: float, delta: float) -> bool:

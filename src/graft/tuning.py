@@ -130,23 +130,66 @@ def adapt(
     training: Mapping[str, Any],
 ) -> dict[str, Adapter]:
     """Put the new adapters of `tune` on a base: by name, innermost first."""
-    chain, made = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])]), {}
-    if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
-        raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
-    new = [base.model.get_submodule(path) for path in base.heads]
-    for name, recipe in chain.items():
-        cls, where, stats = recipe.method, targets.get(name) if isinstance(targets, Mapping) else targets, None
-        if where is None and cls.targets == "head" and base.heads:
-            where, base.heads = base.heads, []  # the method itself is for heads
-        hosts = dict(resolve(base.model, where or cls.targets, cls.hosts))
-        asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
-        if needs := sorted({need for some in asked for need in some}):
+    made, new = {}, [base.model.get_submodule(path) for path in base.heads]
+    for name, recipe, where, whole in _chain(base, method, targets, heads):
+        hosts, stats = _hosts(base.model, recipe, where), None
+        if needs := _needs(recipe, hosts):
             batches, loss = _batches(base, task, examples, examples_for_statistics, training)
             with _drawn(new, seed):
                 stats = collect(base.model, batches, needs, lambda path, module, hosts=hosts: path in hosts, loss)
-        whole = () if len(made) < len(chain) - 1 else base.heads if heads is None else heads
         made[name] = attach(base.model, recipe, where, name=name, heads=whole, seed=seed, stats=stats)
     return made
+
+
+def trained(
+    base: Base,
+    method: Any,
+    targets: str | Mapping[str, Any] | Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
+) -> int | None:
+    """How many numbers `tune` would train on a base, new heads included; None where a method looks at the data first.
+
+    The adapters are put on the base and leave it again. method: None, all parameters of the base.
+
+    Raises `GraftError` where a method cannot be put on the base.
+    """
+    if method is None:
+        return sum(p.numel() for p in base.model.parameters())
+    made = []
+    try:
+        for name, recipe, where, whole in _chain(base, method, targets, heads):
+            if _needs(recipe, _hosts(base.model, recipe, where)):
+                return None
+            made.append(attach(base.model, recipe, where, name=name, heads=whole))
+        return sum(p.numel() for adapter in made for p in adapter.parameters())
+    finally:
+        for adapter in reversed(made):
+            adapter.detach()
+
+
+def _chain(base: Base, method: Any, targets: Any, heads: Any) -> Iterator[tuple[str, Recipe, Any, Any]]:
+    """Of each adapter its name, its recipe, its targets and the modules that are trained whole beside it."""
+    chain = _named([Recipe.of(m) for m in (method if isinstance(method, list | tuple) else [method])])
+    if isinstance(targets, Mapping) and (unknown := targets.keys() - chain.keys()):
+        raise GraftError(f"targets: no adapter is called {min(unknown)!r}; there are {', '.join(chain)}")
+    new, last = base.heads, list(chain)[-1]
+    for name, recipe in chain.items():
+        where = targets.get(name) if isinstance(targets, Mapping) else targets
+        if where is None and recipe.method.targets == "head" and new:
+            where, new = new, []  # the method itself is for heads
+        yield name, recipe, where, () if name != last else new if heads is None else heads
+
+
+def _hosts(model: nn.Module, recipe: Recipe, where: Any) -> dict[str, nn.Module]:
+    """The modules that an adapter is for, by path."""
+    return dict(resolve(model, where or recipe.method.targets, recipe.method.hosts))
+
+
+def _needs(recipe: Recipe, hosts: Mapping[str, nn.Module]) -> list[str]:
+    """The statistics of the data that a recipe asks for there."""
+    cls = recipe.method
+    asked = (cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts.items())
+    return sorted({need for some in asked for need in some})
 
 
 @contextmanager

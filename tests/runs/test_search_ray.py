@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import signal
 from dataclasses import replace
 
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 from made_up import COMMON, record
 
+from graft.comparison import task_of
+from graft.core.errors import GraftError
+from graft.runs.reference import tuning
+from graft.runs.single import perform
 from graft.runs.store import Store
 from graft.searching import searchers
 from graft.searching.fits import Fits
@@ -118,3 +123,102 @@ def test_a_search_under_ray_makes_the_runs_of_a_search(bases, reviews, tmp_path)
     there = graft.search(bases / "bert", reviews, **given, engine="ray", jobs=2, output=tmp_path / "b")
     assert {r["id"]: r["loss"] for r in here.rows} == {r["id"]: r["loss"] for r in there.rows}
     assert json.loads((tmp_path / "b" / "results.json").read_text())["best"][0]["test"] == here.best[0]["test"]
+
+
+def killed_once(place):
+    """A member of a population whose worker dies once, after a point of its curve; it notes its reports."""
+
+    def member(config):
+        from ray import tune
+
+        from graft.searching import population
+
+        report = tune.report
+
+        def told(metrics, **checkpoint):
+            report(metrics, **checkpoint)
+            with open(place / "reports", "a") as file:
+                file.write(f"{metrics['step']} {bool(metrics['record'])}\n")
+            if len((place / "reports").read_text().splitlines()) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tune.report = told
+        try:
+            population.member(config)
+        finally:
+            tune.report = report
+
+    return member
+
+
+def test_a_member_of_a_population_is_the_run_that_its_record_says(bases, reviews, tmp_path, monkeypatch):
+    from graft.searching import population
+    from graft.searching.engines import ray as engine
+
+    made = task_of(reviews, tmp_path, {"validation": 0.25, "test": 0.25})
+    ((common,),) = tuning(made, method=["lora"], base=str(bases / "bert"), learning_rates=[1e-3], steps=6, batch_size=4)
+    common = replace(common, also={"points": 3})
+    space = Space.of(["lora(rank=1|2)"], {"learning_rate": "1e-4:1e-1"})
+
+    def work():
+        asked = searchers.find("random")(space, seed=0)
+        return Study(space, asked, common, Fits(common, {}), ("loss",),
+                     at_most=3, seconds=None, reserved=1, jobs=1)  # fmt: skip
+
+    random.seed(0)
+    real, first = population.member, work()
+    monkeypatch.setattr(population, "member", killed_once(tmp_path))
+    # Each member takes both processors, so that they take turns in the same order on any machine.
+    options = {"jobs": 1, "threads": 2, "tell": False, "scheduler": "pbt"}
+    engine.run(first, tmp_path / "runs", **options)
+    monkeypatch.setattr(population, "member", real)
+    reports = (tmp_path / "reports").read_text().split()
+    assert reports.count("True") == 3 == len(first.trials) == len(first.known) and not first.running
+    records = [t.record for t in first.trials if t.record]
+    assert len(records) == 3 and all(r.done for r in records)
+    changed = [r for r in records if r.configuration.training.get("rate_changes")]
+    assert changed
+    for r in records:
+        alone = perform(r.configuration)
+        assert alone.metrics == r.metrics and alone.curve == r.curve
+
+    again = work()
+    monkeypatch.setattr(population, "member", None)
+    engine.run(again, tmp_path / "runs", **options)
+    assert {t.record.json() for t in again.trials if t.record} == {r.json() for r in records}
+    assert again.spent == pytest.approx(sum(r.seconds["in_all"] for r in records))
+
+
+def test_a_member_that_always_kills_its_worker_is_a_record_and_the_others_go_on(tmp_path, monkeypatch):
+    from graft.searching import population
+    from graft.searching.engines import ray as engine
+
+    work = study(Space.of(["lora"], {"learning_rate": "0.01|0.07|0.09"}), 3)
+    work.common = replace(work.common, also={"points": 2})
+    wanted = [work.space.configuration(p, work.common) for p in work.space.points()]
+    known = {c.training["learning_rate"]: replace(record(), configuration=c).json() for c in wanted}
+
+    def member(config):
+        from ray import tune
+
+        rate = config["member"]["rate"]
+        if rate < 0.05:
+            os.kill(os.getpid(), signal.SIGKILL)
+        tune.report({"step": 0, "loss": 1.0, "record": known[rate]})
+
+    monkeypatch.setattr(population, "member", member)
+    engine.run(work, tmp_path / "runs", jobs=2, threads=1, tell=False, scheduler="pbt")
+    assert {t.configuration.training["learning_rate"]: t.outcome.reason for t in work.trials if t.configuration} == {
+        0.01: "its worker died, again and again", 0.07: None, 0.09: None
+    }  # fmt: skip
+    assert len(Store(tmp_path / "runs").records()) == 3 and not work.running
+
+
+def test_a_population_needs_its_size_and_several_rates(tmp_path):
+    from graft.searching.engines import ray as engine
+
+    for rates, trials, said in (("0.01|0.1", None, "set trials"), ("0.01", 2, "several values")):
+        work = study(Space.of(["lora"], {"learning_rate": rates}), trials)
+        work.common = replace(work.common, also={"points": 2})
+        with pytest.raises(GraftError, match=said):
+            engine.run(work, tmp_path / "runs", jobs=1, threads=1, tell=False, scheduler="pbt")

@@ -1,13 +1,21 @@
 """The whole of a search on tiny models: the protocol, what is kept, and what is refused."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up import COMMON, record
 
 import graft
+from graft.comparison.budget import SHARE
 from graft.core.errors import GraftError
 from graft.runs.store import Store
-from graft.searching import supernets
+from graft.searching import searchers, supernets
+from graft.searching.fits import Fits
+from graft.searching.space import Space
 from graft.searching.study import Study
 
 SMALL = dict(steps=2, batch_size=4, rows=6, validation=0.25, test=0.25, seeds=(0, 1), progress=False)
@@ -76,6 +84,20 @@ def test_what_a_supernet_found_is_trained_anew_within_the_limit(bases, reviews, 
         graft.search(bases / "bert", reviews, **given | {"space": SPACE})
 
 
+def test_each_of_the_best_paths_of_nfts_is_trained_anew(bases, reviews, here, tmp_path):
+    given = SMALL | {"searcher": "nfts", "learning_rate": "1e-2", "trials": 9, "output": tmp_path / "out"}
+    found = graft.search(bases / "bert", reviews, **given | {"seeds": (0,)})
+    paths = [found.supernet, *found.supernet["others"]]
+    assert len(paths) == 3
+    assert [p["parameters"] for p in paths] == [r["parameters"] for r in found.supernet["paths"][:3]]
+    base = graft.load_base(bases / "bert", objective="classification", labels=["a", "b"])
+    heads = sum(p.numel() for path in base.heads for p in base.model.get_submodule(path).parameters())
+    assert sorted(r["parameters"] for r in found.rows) == sorted(p["parameters"] + heads for p in paths)
+    assert found.verdict == "every point of the space was tried" and found.best[0]["validation"]["loss"] == min(
+        r["loss"] for r in found.rows if r["quality"] == min(r["quality"] for r in found.rows)
+    )
+
+
 def test_a_small_space_is_tried_whole_and_what_is_too_large_is_never_started(bases, reviews, here, tmp_path):
     given = SMALL | {"space": SPACE[:1], "learning_rate": "1e-2", "seeds": (0,)}
     whole = graft.search(bases / "bert", reviews, **given, output=tmp_path / "a")
@@ -135,6 +157,34 @@ def test_the_time_is_kept_and_what_one_run_costs_is_said(bases, reviews, here, t
     assert not study.over()
     study.spent = 11.0
     assert study.over()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds=st.integers(1, 4), budget=st.integers(8, 60), objectives=st.sampled_from([("loss",), ("loss", "saved")]))
+def test_the_time_holds_the_last_runs_of_a_whole_front(seeds, budget, objectives):
+    """Runs of a second each, none of which is better than another one in all: a front of all of them."""
+    rates = [0.001 * n for n in range(1, 61)]
+    space = Space.of(["lora"], {"learning_rate": "|".join(f"{r:g}" for r in rates)})
+    now = 100.0
+
+    class All(Fits):
+        def refused(self, configuration):
+            return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        study = Study(space, searchers.find("random")(space, seed=0), COMMON, All(COMMON, {}), objectives,
+                      at_most=None, seconds=(budget + 0.5) / SHARE, reserved=seeds, jobs=1)  # fmt: skip
+        study.expected = 1.0
+        while found := study.next():
+            now += 1.0
+            rate = found[1].training["learning_rate"]
+            made = replace(record(loss=rate), configuration=found[1], adapter_bytes=int(1e6 * (1 - rate)))
+            study.take(replace(made, seconds={"in_all": 1.0}), anew=True)
+    runs, points = len(study.trials), len(study.best())
+    assert points == (runs if len(objectives) > 1 else min(runs, 1))
+    assert runs + seeds * points <= budget  # and one more would not have fitted
+    assert runs + 1 + seeds * (points + 1 if len(objectives) > 1 else 1) > budget or runs == len(rates)
 
 
 @pytest.mark.parametrize(

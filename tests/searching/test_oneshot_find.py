@@ -1,6 +1,7 @@
 """Whole searches on tiny models: what trains what, and that a change that was planted is found."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import graft
 import models
+from graft.core import progress
 from graft.models import Base
 from graft.searching.oneshot import Budget, find
 from graft.searching.oneshot.evolution import evolve
@@ -169,3 +171,14 @@ def test_a_search_reads_out_what_can_be_tuned():
         assert sum(p.numel() for a in made for p in a.parameters()) == found.parameters
         for adapter in reversed(made):
             adapter.detach()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_how_many_paths_are_scored_is_shown_on_a_terminal(told, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET", -1.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model = models.bert(labels=2, vocab_size=len(TOKENIZER), num_hidden_layers=2)
+    rows = [{"text": t, "label": "ab"[i % 2]} for i, t in enumerate(texts(20))]
+    base = Base("tiny", model, TOKENIZER, "classification", heads=["classifier"])
+    find("nfts")().find(base, rows, Budget(steps=1, paths=3, training={"batch_size": 8, "progress": told}))
+    assert ("scoring paths" in capsys.readouterr().err) == told

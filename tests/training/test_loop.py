@@ -98,6 +98,12 @@ def test_the_rate_follows_the_schedule_for_adapter_and_head(classify):
         assert adapter == pytest.approx(p / 0.2 if p < 0.2 else (1 - p) / 0.8) and head == pytest.approx(3 * adapter)
 
 
+def test_the_rate_changes_after_so_many_steps(classify):
+    given = dict(steps=6, schedule="constant", warmup=0, learning_rate=0.01, optimizer="sgd")
+    _, found = classify(**given, rate_changes={4: 3.0, "2": 0.5})
+    assert [r["learning_rate"] for r in found.history] == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.03, 0.03])
+
+
 # What methods take part in
 
 
@@ -385,6 +391,8 @@ def test_a_long_run_without_a_terminal_tells_lines(classify, monkeypatch, capsys
         ({"learning_rate": "1e-3"}, "learning_rate is a number above 0, not '1e-3'"),
         ({"weight_decay": -1.0}, "weight_decay is a number of at least 0"),
         ({"patience": 2}, "patience needs validation data"),
+        ({"rate_changes": {3: 0.0}}, r"rate_changes are {steps taken: a factor above 0}, not 3: 0\.0"),
+        ({"rate_changes": {"x": 1.0}}, "rate_changes are {steps taken: a factor above 0}, not 'x'"),
         ({"keep": "all"}, "keep is 'best' or 'last', not 'all'"),
         ({"metric": "acuracy"}, "classification has no metric 'acuracy': did you mean accuracy"),
         ({"schedule": "cosin"}, "did you mean cosine"),
@@ -438,3 +446,21 @@ def test_a_run_with_other_settings_or_data_is_not_gone_on_with(classify, tmp_pat
     assert anew.history[0]["learning_rate"] > 0.01
     with pytest.raises(GraftError, match="holds no checkpoint to go on from"):
         classify(steps=2, output=tmp_path / "empty", resume=True)
+
+
+def test_a_run_goes_on_with_another_rate_as_if_it_had_been_planned_so(classify, tmp_path):
+    def stop(entry):
+        if entry["step"] == 4:
+            raise KeyboardInterrupt
+
+    given = dict(steps=6, save_every=3, learning_rate=0.01, output=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        classify(**given, rate_changes={1: 2.0}, watch=stop)
+    with pytest.raises(GraftError, match=r"rate_changes was \[\[1, 2\.0\]\] and is \[\[2, 2\.0\]\]"):
+        classify(**given, rate_changes={2: 2.0})
+    model, gone_on = classify(**given, rate_changes={1: 2.0, 3: 0.25})
+    planned, whole = classify(**{**given, "output": None}, rate_changes={1: 2.0, 3: 0.25})
+    assert same(bits(model), bits(planned))
+    assert [(r["loss"], r["learning_rate"]) for r in gone_on.history] == [
+        (r["loss"], r["learning_rate"]) for r in whole.history
+    ]

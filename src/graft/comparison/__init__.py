@@ -23,13 +23,9 @@ from typing import Annotated, Any
 from .. import tasks
 from ..catalogue import plain
 from ..core import disk
-from ..core.adapter import attach
 from ..core.delta import METHODS
 from ..core.errors import GraftError
 from ..core.hyper import Range
-from ..core.recipe import Recipe
-from ..core.site import site_for
-from ..core.targets import resolve
 from ..models import Base, load_base
 from ..runs import contestants, limits, plan, pool
 from ..runs.contestants import Contestant
@@ -39,6 +35,7 @@ from ..runs.store import Record, Store
 from ..runs.summary import Summary, summarise
 from ..training.data import read
 from ..training.evaluation import choose
+from ..tuning import trained
 from . import budget as budgets
 from . import outcome, report
 from .fitting import Fitted, Fitting, look, name, training
@@ -259,14 +256,10 @@ def _contestants(
 
 def _refuses(base: Base, name: str) -> str | None:
     """Why a method with its defaults cannot be put on a model, or None."""
+    if METHODS[name].targets == "head":
+        return "it is for new heads: linear-probe is that control"
     try:
-        recipe = Recipe.of(name)
-        cls = recipe.method
-        if cls.targets == "head":
-            return "it is for new heads: linear-probe is that control"
-        hosts = resolve(base.model, cls.targets, cls.hosts)
-        if not any(cls.asks(recipe.at(site_for(path, host, cls.hosts))) for path, host in hosts):
-            attach(base.model, recipe, name="tried").detach()
+        trained(base, name)
     except GraftError as error:
         return str(error)
     return None

@@ -62,21 +62,23 @@ GUARD = (
 
 def write(found: "Comparison") -> None:
     """The files of a comparison, each of them whole."""
-    content = {
-        "format": FORMAT,
-        "graft": __version__,
-        "settings": found.settings,
+    leave(found, html(found), {
         "target": found.target,
         "predicts": found.predicts,
         "contestants": found.rows,
         "sizes": found.sizes,
         "unfit": found.unfit,
         "screened": found.screened,
-        "runs": [json.loads(r.json()) for r in found.runs],
-    }
-    disk.replace(found.folder / "results.json", f"{json.dumps(plain(content), indent=1)}\n".encode())
-    disk.replace(found.folder / "report.html", html(found).encode())
+    })  # fmt: skip
     _parquet(found)
+
+
+def leave(found: Any, report: str, content: Mapping[str, Any]) -> None:
+    """results.json, with the settings before the content and the runs after it, and report.html."""
+    runs = [json.loads(r.json()) for r in found.runs]
+    content = {"format": FORMAT, "graft": __version__, "settings": found.settings, **content, "runs": runs}
+    disk.replace(found.folder / "results.json", f"{json.dumps(plain(content), indent=1)}\n".encode())
+    disk.replace(found.folder / "report.html", report.encode())
 
 
 def _parquet(found: "Comparison") -> None:

@@ -18,6 +18,7 @@ from ..core.adapter import Adapter, adapters, registry, unwrapped
 from ..core.delta import Delta, base_modules, is_finite
 from ..core.errors import GraftError
 from ..core.hyper import check, keywords
+from ..core.progress import shown
 from ..core.recipe import ByPath, Recipe
 from ..core.site import LinearSite, site_for
 from ..methods.weight.lora import LoRA
@@ -36,7 +37,6 @@ from .change import (
     wide,
 )
 from .keep import Kept, Loss, as_lora, as_shira
-from .progress import shown
 
 FORMS = ("lora", "shira", "full")
 

@@ -4,13 +4,13 @@ import re
 
 from .. import tasks
 from ..core.errors import GraftError
-from ..prediction import predict_cost
+from ..prediction import Cost, predict_cost
 from ..training.data import read
 from .configuration import Configuration
 from .single import DTYPE, UNTRAINED, recipes, train_rows
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-METHODS = {"full-fine-tuning": None, "linear-probe": "full"}  # the controls that are trained, as `graft.tune` has them
+CONTROLS = {"full-fine-tuning": None, "linear-probe": "full"}  # the controls that are trained, as methods
 
 
 def size(text: str) -> int:
@@ -21,37 +21,43 @@ def size(text: str) -> int:
     return int(float(form[1]) * UNITS[form[2]])
 
 
-def misfit(configuration: Configuration, *, memory: int | None = None, parameters: int | None = None) -> str | None:
-    """Why a run is not to be started, or None if it keeps within the limits.
+def cost(configuration: Configuration) -> Cost:
+    """What a run would cost, from a dry run; not for a control that is not trained.
 
-    memory      bytes that its tensors may take at a time, as `graft.predict_cost` counts them
-    parameters  how many numbers it may train
+    Raises `GraftError` for a method that cannot be put on the model.
+    """
+    c = configuration
+    task, training = tasks.task(c.task, **c.knobs), dict(c.training)
+    examples = read(train_rows(task, c.train_rows), columns=training.pop("columns", None))
+    return predict_cost(
+        c.base, examples, method=CONTROLS[c.method] if c.method in CONTROLS else recipes(c), targets=c.targets,
+        dtype=DTYPE, seed=c.seed, measure=False, **training,
+    )  # fmt: skip
+
+
+def misfit(configuration: Configuration, *, memory: int) -> str | None:
+    """Why a run is not to be started, or None if it keeps within so many bytes of memory.
 
     A control that is not trained fits; a method that cannot be put on the model does not. Raises `GraftError` for a
     quantised base, of which nothing is known before.
     """
-    c = configuration
-    if c.quantise:
+    if configuration.quantise:
         raise GraftError(
-            f"what a run takes on a base quantised by {c.quantise} is not known before: leave the limit out"
+            f"what a run takes on a base quantised by {configuration.quantise} is not known before: leave the limit out"
         )
-    if c.method in UNTRAINED:
+    if configuration.method in UNTRAINED:
         return None
-    task, training = tasks.task(c.task, **c.knobs), dict(c.training)
-    examples = read(train_rows(task, c.train_rows), columns=training.pop("columns", None))
     try:
-        chain = [] if c.method in METHODS else recipes(c)
-        method = METHODS[c.method] if not chain else chain[0] if len(chain) == 1 else chain
-        cost = predict_cost(
-            c.base, examples, method=method, targets=c.targets, dtype=DTYPE, seed=c.seed, measure=False, **training
-        )
+        why = excess(cost(configuration), memory)
     except GraftError as error:
-        return f"not started: {error}"
-    if memory is not None and (most := max(cost.peak, cost.start)) > memory:
-        return f"not started: it would take {_words(most)} of memory, and {_words(memory)} are allowed"
-    if parameters is not None and cost.parameters > parameters:
-        return f"not started: it would train {cost.parameters:,} parameters, and {parameters:,} are allowed"
-    return None
+        why = str(error)
+    return why and f"not started: {why}"
+
+
+def excess(cost: Cost, memory: int) -> str | None:
+    """Why a run would need more than so many bytes for its tensors, or None if it would not."""
+    most = max(cost.peak, cost.start)
+    return None if most <= memory else f"it would take {_words(most)} of memory, and {_words(memory)} are allowed"
 
 
 def _words(count: int) -> str:

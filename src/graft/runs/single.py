@@ -39,14 +39,18 @@ SHOTS = 4  # answered examples in the context, at most
 BATCH, PASSES = 8, 6  # examples of a batch whose forward pass is timed, and how often
 
 
-def perform(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None = None) -> Record:
+def perform(
+    configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None = None, folder: Path | None = None
+) -> Record:
     """Train what the configuration says and measure it. A run that cannot be made gives a record with the reason.
 
-    `watch` is called with each entry of the history of the training (see `graft.fit`).
+    watch   called with each entry of the history of the training (see `graft.fit`)
+    folder  of the training, in which its adapter is left at the end: a checkpoint after each point of the validation
+            loss, or after each epoch; a training that is there goes on
     """
     begun = time.perf_counter()
     try:
-        found = _performed(configuration, watch)
+        found = _performed(configuration, watch, folder)
     except Exception as error:
         traceback.print_exc()
         return failed(configuration, _reason(error), time.perf_counter() - begun)
@@ -99,7 +103,9 @@ def recipes(configuration: Configuration) -> list[Recipe]:
     return [Recipe.of(name, **(options if len(names) == 1 else options.get(name, {}))) for name in names]
 
 
-def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None) -> dict[str, Any]:
+def _performed(
+    configuration: Configuration, watch: Callable[[dict[str, Any]], Any] | None, folder: Path | None
+) -> dict[str, Any]:
     task = tasks.task(configuration.task, **configuration.knobs)
     if configuration.data and configuration.data != task.fingerprint():
         raise GraftError(f"the data of {task.name} are not those that the run was planned with: plan it anew")
@@ -108,6 +114,9 @@ def _performed(configuration: Configuration, watch: Callable[[dict[str, Any]], A
     if points := configuration.also.get("points"):
         training["validation"] = read(subset(task, "validation", configuration.rows), columns=columns)
         training |= {"eval_every": -(-training["steps"] // points), "keep": "last"}
+    if folder:
+        training |= {"output": folder, "resume": folder.with_name(f"{folder.name}.run").exists()}
+        training["save_every"] = training.get("eval_every")
     examples = read(train_rows(task, configuration.train_rows), columns=columns)
     base, result, adapters, ask = CONTROLS.get(configuration.method, _adapted)(configuration, examples, training)
     begun = time.perf_counter()

@@ -35,7 +35,7 @@ from ..runs.store import Record
 from ..runs.summary import measured, spread
 from . import engines, oneshot, report, searchers, supernets
 from .fits import Fits
-from .outcome import FIGURES, OBJECTIVES, checked, front, limits
+from .outcome import FIGURES, OBJECTIVES, checked, limits
 from .space import Space
 from .study import Study, Trial
 
@@ -103,7 +103,9 @@ def search(
     columns: Annotated[Mapping | None, "own data: {name that is needed: name in the data}"] = None,
     quantise: Annotated[str | None, QUANTISE] = None,
     engine: Annotated[str, "where the runs are made: local, or ray"] = "local",
-    scheduler: Annotated[str | None, "with ray: asha or hyperband, which stop bad runs early"] = None,
+    scheduler: Annotated[
+        str | None, "with ray: asha or hyperband, which stop bad runs early; pbt: they go on from better ones"
+    ] = None,
     address: Annotated[str | None, "with ray: of a cluster, such as auto; by default this machine alone"] = None,
     output: Annotated[str | Path, "folder of the records, the results and the report"] = "runs/search",
     resume: Annotated[bool, "go on with the search in that folder: no run is made twice"] = False,
@@ -180,7 +182,7 @@ def search(
             study.expected = _cost(study, store, time_for_all, live, options)
         live.expect("search", [])
         where(study, store, tell=live.tell if progress else False, **options, **given)
-        chosen = _chosen(study)
+        chosen = study.best()
         last = [c for t in chosen if t.configuration for c in final(t.configuration, seeds)]
         live.expect("seeds", last)
         finals = pool.run(last, store, progress=live.tell if progress else False, **options)
@@ -213,15 +215,6 @@ def _cost(study: Study, store: Path, available: float, live: Live, options: dict
             f"least one and those of {study.reserved} seeds at the end: {needs} would do; or take fewer steps or seeds"
         )
     return one
-
-
-def _chosen(study: Study) -> list[Trial]:
-    """The best trial within the limits, or those of the Pareto front, by the first objective."""
-    fit = [t for t in study.trials if t.record and t.outcome.feasible]
-    losses = [t.outcome.losses or () for t in fit]
-    if len(study.objectives) > 1:
-        return sorted((fit[i] for i in front(losses)), key=lambda t: t.outcome.losses or ())
-    return sorted(fit, key=lambda t: (t.outcome.losses, t.record and t.record.metrics["validation"]["loss"]))[:1]
 
 
 def _none(study: Study, within: Mapping[str, float]) -> str:

@@ -1,22 +1,17 @@
 """What a search leaves: results.json and report.html, which needs nothing but itself."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..catalogue import plain
 from ..comparison.charts import Point, Series, lines, scatter
-from ..comparison.report import page
-from ..core import disk
+from ..comparison.report import leave, page
 from ..runs.summary import measured
-from ..version import __version__
 
 if TYPE_CHECKING:
     from . import Search
 
-FORMAT = 1
 FIGURES = {
     "quality": ("", 1.0, "{:.4g}"),
     "loss": ("", 1.0, "{:.4g}"),
@@ -30,19 +25,13 @@ WORDS = ("configuration", "targets", "")  # heads of columns of text
 
 def write(found: "Search") -> None:
     """The files of a search, each of them whole."""
-    content = {
-        "format": FORMAT,
-        "graft": __version__,
-        "settings": found.settings,
+    leave(found, html(found), {
         "objective": found.objective,
         "verdict": found.verdict,
         "supernet": found.supernet,
         "best": found.best,
         "trials": found.rows,
-        "runs": [json.loads(r.json()) for r in found.runs],
-    }
-    disk.replace(found.folder / "results.json", f"{json.dumps(plain(content), indent=1)}\n".encode())
-    disk.replace(found.folder / "report.html", html(found).encode())
+    })  # fmt: skip
 
 
 def html(found: "Search") -> str:
@@ -77,7 +66,7 @@ def _best(found: "Search", metric: str) -> str:
     head += [FIGURES[f][0] for f in ("parameters", "memory", "seconds")]
     body = []
     for b in found.best:
-        cells = [b["title"], _targets(b["targets"]), f"{b['training']['learning_rate']:.3g}"]
+        cells = [b["title"], _targets(b["targets"]), _rate(b["training"])]
         cells += [f"{b['validation'][metric]:.4g}", *(_spread(b["test"].get(m)) for m in names)]
         cells += [_number(f, b[f]) for f in ("parameters", "memory", "seconds")]
         body.append(cells)
@@ -139,6 +128,11 @@ def _called(name: str, metric: str) -> str:
 
 def _number(name: str, value: float | None) -> str:
     return "" if value is None else FIGURES[name][2].format(value / FIGURES[name][1])
+
+
+def _rate(training: Mapping[str, Any]) -> str:
+    changes = training.get("rate_changes", {})
+    return f"{training['learning_rate']:.3g}" + "".join(f", from {at} on times {f:.3g}" for at, f in changes.items())
 
 
 def _targets(targets: Any) -> str:

@@ -135,6 +135,9 @@ class Space:
     def __init__(self, alternatives: Sequence[Alternative], training: Mapping[str, Domain], blocks: Sequence[str] = ()):
         if not alternatives:
             raise GraftError("the space is empty: name methods, such as 'lora(rank=4|8|16)'")
+        labels = [a.label for a in alternatives]
+        counts = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
+        alternatives = [replace(a, label=f"{a.label}#{n}") if n > 1 else a for a, n in zip(alternatives, counts)]
         self.alternatives, self.blocks = {a.label: a for a in alternatives}, list(blocks)
         self.dimensions = {"method": Dimension(Choice(tuple(self.alternatives)))}
         for a in alternatives:
@@ -149,11 +152,8 @@ class Space:
         texts = [texts] if isinstance(texts, str) else texts
         found = [_alternative(text) for text in texts]
         for i, a in enumerate(found):
-            if any(replace(b, label=a.label) == a for b in found[:i]):
+            if a in found[:i]:
                 raise GraftError(f"the space names {texts[i]!r} twice")
-        labels = [a.label for a in found]
-        counts = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
-        found = [replace(a, label=f"{a.label}#{n}") if n > 1 else a for a, n in zip(found, counts)]
         by_block = any(a.switches or any(isinstance(d, Spread) for m in a.members for d in m.options.values())
                        for a in found)  # fmt: skip
         blocks = [path for path, _ in resolve(model, "blocks", ("module",))] if by_block else []

@@ -12,7 +12,7 @@ from ..core.errors import GraftError
 from ..runs.configuration import Configuration
 from ..runs.store import Record
 from .fits import Fits
-from .outcome import Outcome
+from .outcome import Outcome, front
 from .searchers import Searcher
 from .space import Point, Space
 
@@ -32,8 +32,9 @@ class Trial:
 class Study:
     """What engines work on: they take a point from `next`, make its run and give the record to `take`.
 
-    trials  of all points, with those that were refused before a run
-    spent   seconds of runs that were not made now, for one that goes on
+    trials    of all points, with those that were refused before a run
+    reserved  runs of each of the best at the end
+    spent     seconds of runs that were not made now, for one that goes on
     """
 
     def __init__(
@@ -73,8 +74,18 @@ class Study:
         if self.seconds is None:
             return False
         costs = [o.cost for o in self.known.values()] or [self.expected]
-        rounds = 1 + self.reserved / self.jobs
+        # Any run of several objectives may become a point of the front, which is run again with every seed.
+        points = 1 if len(self.objectives) == 1 else len(self.best()) + len(self.running) + 1
+        rounds = 1 + -(-self.reserved * points // self.jobs)
         return self.elapsed() + rounds * statistics.fmean(costs) > budgets.SHARE * self.seconds
+
+    def best(self) -> list[Trial]:
+        """The best trial within the limits, or those of the Pareto front, by the first objective."""
+        fit = [t for t in self.trials if t.record and t.outcome.feasible]
+        losses = [t.outcome.losses or () for t in fit]
+        if len(self.objectives) > 1:
+            return sorted((fit[i] for i in front(losses)), key=lambda t: t.outcome.losses or ())
+        return sorted(fit, key=lambda t: (t.outcome.losses, t.record and t.record.metrics["validation"]["loss"]))[:1]
 
     def next(self) -> tuple[Point, Configuration] | None:
         """A point that needs a run; None where there is none, or the search is over."""
@@ -99,12 +110,12 @@ class Study:
                 return point, configuration
         return None
 
-    def take(self, record: Record, *, anew: bool) -> Trial:
-        """The record of a run that `next` gave; `anew`: it was made now."""
-        c = record.configuration
+    def take(self, record: Record, *, anew: bool, asked: Configuration | None = None) -> Trial:
+        """The record of a run that `next` gave; `anew`: it was made now; `asked`: what it was before it changed."""
+        c = asked or record.configuration
         point, outcome = self.running.pop(c.id), Outcome.of(record, self.objectives, self.fits.limits)
         self.known[c.id] = outcome
         self.spent += 0.0 if anew else outcome.cost
-        self.trials.append(Trial(point, c, outcome, record))
+        self.trials.append(Trial(point, record.configuration, outcome, record))
         self.searcher.tell(point, outcome)
         return self.trials[-1]

@@ -39,24 +39,28 @@ def train(
     most = None if cap is None else int(cap) - heads
     budget = oneshot.Budget(steps=common.training["steps"], cap=most, seed=seed, training=training)
     found = oneshot.find(name)().find(base, examples, budget)
-    return plain({
-        "members": [
-            {"name": r.method.name, "options": {k: _by_path(v) for k, v in r.hyper.items()}, "targets": where}
-            for r, where in zip(found.recipes, found.targets)
-        ],
-        "parameters": found.parameters,
-        "paths": found.table[:ROWS],
-    })  # fmt: skip
+    return plain({**_found(found), "others": [_found(other) for other in found.others], "paths": found.table[:ROWS]})
+
+
+def _found(found: oneshot.Found) -> dict[str, Any]:
+    members = [
+        {"name": r.method.name, "options": {k: _by_path(v) for k, v in r.hyper.items()}, "targets": where}
+        for r, where in zip(found.recipes, found.targets)
+    ]
+    return {"members": members, "parameters": found.parameters}
 
 
 def space(found: Mapping[str, Any], training: Mapping[str, Any]) -> Space:
-    """The chain that was found, with the domains of training."""
-    members = tuple(
-        Member(m["name"], {k: Choice((v,)) for k, v in m["options"].items()}, Choice((m["targets"],)))
-        for m in found["members"]
-    )
+    """The chains that were found, with the domains of training."""
+    alternatives = []
+    for one in (found, *found["others"]):
+        members = tuple(
+            Member(m["name"], {k: Choice((v,)) for k, v in m["options"].items()}, Choice((m["targets"],)))
+            for m in one["members"]
+        )
+        alternatives.append(Alternative("+".join(m.name for m in members), members))
     domains: dict[str, Domain] = {name: domain_of(text, f"{name}={text}") for name, text in training.items()}
-    return Space([Alternative("+".join(m.name for m in members), members)], domains)
+    return Space(alternatives, domains)
 
 
 def _by_path(value: Any) -> Any:

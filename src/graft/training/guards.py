@@ -36,6 +36,9 @@ def check_settings(given: Mapping[str, Any]) -> None:
             )
     if (given["gradient_dropout"] or 0) > 1:
         raise GraftError(f"gradient_dropout is at most 1, not {given['gradient_dropout']!r}")
+    for at, times in (given["rate_changes"] or {}).items():
+        if not str(at).isdecimal() or isinstance(times, bool | str) or not times > 0:
+            raise GraftError(f"rate_changes are {{steps taken: a factor above 0}}, not {at!r}: {times!r}")
     if given["clip_by"] not in ("global", "component"):
         raise GraftError(f"clip_by is 'global' or 'component', not {given['clip_by']!r}")
     if given["keep"] not in ("best", "last"):

@@ -88,6 +88,7 @@ def fit(
     optimizer_options: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     schedule: str = "linear",
+    rate_changes: Mapping[int, float] | None = None,
     warmup: float = 0.06,
     clip: float | None = 1.0,
     clip_by: str = "global",
@@ -133,6 +134,7 @@ def fit(
     optimizer              a name in torch.optim or pytorch-optimizer, or a class; optimizer_options: its keywords
     weight_decay           of matrices only
     schedule               of the learning rate after warmup: linear, cosine, wsd, constant
+    rate_changes           {steps taken: factor}: from then on all learning rates are this many times what they would be
     warmup                 how long the learning rate rises: steps, or below 1 a share of the run
     clip                   largest norm of the gradient; None for no limit
     clip_by                whose norm: global, that of all parameters together; component, that of each tensor alone, so
@@ -214,6 +216,7 @@ def fit(
         )
     total = steps or max(1, math.ceil(epochs * per_epoch))
     eval_every, save_every = eval_every or per_epoch, save_every or per_epoch
+    changes = sorted((int(at), float(times)) for at, times in (rate_changes or {}).items())
     factor, warm = schedule_called(schedule), min(warmup if warmup < 1 else warmup / total, 0.999)
     for adapter in trained:
         adapter.task = task.task(model)
@@ -254,7 +257,7 @@ def fit(
         step, waiting, stopped, history = 0, 0, False, []
         best: dict[str, Any] | None = None
         seen = chain(features, apart or ()), tested
-        identity = resumption.identity(settings, optimizer_options or {}, task.name, seen, model, ranks)
+        identity = resumption.identity(settings, changes, optimizer_options or {}, task.name, seen, model, ranks)
         if run and (saved := resumption.earlier(run, resume, identity, accelerator.is_main_process)):
             step, best, waiting, stopped = (saved[k] for k in ("step", "best", "waiting", "stopped"))
             history = resumption.history(run, saved["records"])
@@ -299,7 +302,7 @@ def fit(
                     raise not_finite(loss, norm, step + 1, picked, losses, step // per_epoch + 1)
                 if clip and clip_by == "component":
                     clip_components(trainable, clip)
-                rate = factor((step + 0.5) / total, warm)
+                rate = factor((step + 0.5) / total, warm) * next((f for at, f in reversed(changes) if at <= step), 1.0)
                 trial = None if aside is None else aside.trial(micros, rate * learning_rate)
                 for adapter in trained:
                     if trial is not None:

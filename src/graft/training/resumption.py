@@ -51,14 +51,15 @@ def set_tensors(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def identity(
-    settings: Mapping[str, Any], options: Mapping[str, Any], task: str, data: Sequence[Iterable[dict] | None],
-    model: nn.Module, processes: int,
+    settings: Mapping[str, Any], changes: Sequence[tuple[int, float]], options: Mapping[str, Any], task: str,
+    data: Sequence[Iterable[dict] | None], model: nn.Module, processes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What two runs must have in common to come to the same bits."""
     chain = [f"{n}: {a.recipe}" for n, a in adapters(model).items() if a.active]
     shapes = [(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
     return {
         **{k: v for k, v in settings.items() if k not in _INDIFFERENT},
+        "rate_changes": [list(change) for change in changes],
         "objective": task,
         "optimizer_options": json.dumps(dict(options), sort_keys=True, default=repr),
         "data": _digest(data[0]),
@@ -80,7 +81,7 @@ def earlier(run: Path, resume: bool | str, identity: dict[str, Any], main: bool)
         if resume is True:
             raise GraftError(f"{run} holds no checkpoint to go on from: leave resume out to begin anew")
         return None
-    before = found[1]["identity"]
+    before, identity = (_until(found[0], of) for of in (found[1]["identity"], identity))
     if changed := [k for k in identity if before.get(k) != identity[k]]:
         shown = f"{changed[0]} was {before.get(changed[0])!r} and is {identity[changed[0]]!r}"
         shown = (
@@ -92,6 +93,11 @@ def earlier(run: Path, resume: bool | str, identity: dict[str, Any], main: bool)
             f"the run in {run} was another one ({shown}): choose another output, or resume=False to begin anew"
         )
     return found[1]
+
+
+def _until(step: int, identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the changes of the learning rate before so many steps: later ones may be others."""
+    return {**identity, "rate_changes": [c for c in identity.get("rate_changes", ()) if c[0] < step]}
 
 
 def history(run: Path, records: int) -> list[dict[str, Any]]:

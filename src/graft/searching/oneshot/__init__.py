@@ -13,12 +13,15 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from ...core.errors import GraftError
 from ...core.hyper import Range, keywords
+from ...core.progress import shown
 from ...models import Base, architecture, load_base
 from ...training.data import Examples, held_out, read
 from ...training.evaluation import choose
@@ -71,19 +74,29 @@ class OneShot(ABC):
 class SinglePath(OneShot):
     """Each step trains one path, drawn at random; then evolution among the paths, with the weights they inherit."""
 
+    keep = 1  # of the best paths
+
     def find(self, base: Base, data: Examples, budget: Budget) -> Found:
         examples, held = held_out(data, budget.validation, budget.seed)
         with Supernet(base, self.members(base), budget.seed) as net:
             net.train(examples, budget.steps, **budget.training)
-            judge = Judge(net, held)
+            judge, numbers = Judge(net, held), range(budget.paths)
             most = float("inf") if budget.cap is None else budget.cap
-            scores = evolve(
-                net.draw, net.mutate, net.cross, judge.score, lambda path: 0 < net.parameters(path) <= most,
-                scored=budget.paths, seed=budget.seed,
-            )  # fmt: skip
+            telling = shown(numbers, "scoring paths") if budget.training.get("progress") else (n for n in numbers)
+
+            def score(path: Any) -> tuple[float, float]:
+                next(told)
+                return judge.score(path)
+
+            with closing(telling) as told:
+                scores = evolve(
+                    net.draw, net.mutate, net.cross, score, lambda path: 0 < net.parameters(path) <= most,
+                    scored=budget.paths, seed=budget.seed,
+                )  # fmt: skip
             if not scores:
                 raise too_small(budget.cap)
-            return net.found(next(iter(scores)), judge.table())
+            first, *others = islice(scores, self.keep)
+            return replace(net.found(first, judge.table()), others=[net.found(path) for path in others])
 
 
 class Softmax(OneShot):

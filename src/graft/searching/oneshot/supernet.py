@@ -26,6 +26,13 @@ def blocks(model: nn.Module) -> list[str]:
     return [path for path, _ in resolve(model, "blocks", ("module",))]
 
 
+def _outside(base: Base, recipe: Recipe, targets: Any) -> Any:
+    """Targets without what lies in new heads, which are trained whole."""
+    paths = [path for path, _ in resolve(base.model, targets or recipe.method.targets, recipe.method.hosts)]
+    rest = {path for path in paths if not any(path == head or path.startswith(f"{head}.") for head in base.heads)}
+    return targets if len(rest) == len(paths) else lambda path, module: path in rest
+
+
 class Member(NamedTuple):
     """One adapter of a supernet: what it may choose, where, and how (see `mixed`)."""
 
@@ -44,12 +51,14 @@ class Found:
     parameters  that they train, without heads
     table       one row for each path that was looked at: what it chooses, parameters, and metrics with the weights that
                 it inherits from the supernet; the best one first
+    others      the next best, where more than one path is kept
     """
 
     recipes: list[Recipe]
     targets: list[list[str]]
     parameters: int
     table: list[dict[str, Any]] = field(default_factory=list)
+    others: list["Found"] = field(default_factory=list)
 
     def plan(self) -> dict[str, Any]:
         """`method` and `targets`, as `graft.tune` takes them."""
@@ -73,8 +82,9 @@ class Supernet:
         last = list(members)[-1]
         try:
             for number, (name, m) in enumerate(members.items()):
+                recipe = mixed(m.space, m.mixture, m.share)
                 self.adapters[name] = attach(
-                    base.model, mixed(m.space, m.mixture, m.share), m.targets, name=name,
+                    base.model, recipe, _outside(base, recipe, m.targets), name=name,
                     heads=base.heads if name == last else (), seed=seed + number,
                 )  # fmt: skip
         except GraftError:

@@ -2,13 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 QUIET = 2.0  # seconds: what is over sooner shows nothing
 
 
-def shown(items: Sequence[Any], what: str) -> Iterator[Any]:
+def shown(items: Sequence[Any], what: str) -> Generator[Any, None, None]:
     """The items; on a terminal with a bar, where going through them takes longer than `QUIET`."""
     begun, bar = time.monotonic(), None
     try:
