@@ -107,10 +107,11 @@ class FourierFT(Delta, name="fourierft"):
 def _halved(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
     """Re(ifft2(F)) is the inverse transform of half of F and half of its mirror image at the origin.
 
-    `spots` [2 count] of the mirror images and of the entries themselves in the columns up to width // 2, a transposed
-    half spectrum [width // 2 + 1, out], and their `shares`, 0 for those that lie in the other half.
+    `spots` [2 count] of the entries themselves and of their mirror images in the columns up to width // 2, a transposed
+    half spectrum [width // 2 + 1, out] with rows turned about, for a forward transform where the inverse one is meant,
+    and their `shares`, 0 for those that lie in the other half.
     """
-    i, j = torch.cat([-rows % out, rows]), torch.cat([-columns % width, columns])
+    i, j = torch.cat([-rows % out, rows]), torch.cat([columns, -columns % width])
     inside = j <= width // 2
     return {"spots": torch.where(inside, j * out + i, 0), "shares": inside / 2}
 
@@ -120,9 +121,14 @@ def _waved(w, value, spots, shares, *_):
     out, width = w.shape
     spectrum = value.new_zeros((width // 2 + 1) * out).index_add(0, spots, value.repeat(2) * shares)
     # The transform of real columns is needed to the half; what follows is the same turned about the origin.
-    upper = torch.fft.irfft(torch.fft.rfft(spectrum.view(-1, out), norm="forward").conj().mT, width)
-    lower = upper[1 : (out + 1) // 2].flip(0, 1).roll(1, 1)
-    return w + torch.cat([upper, lower])
+    half = torch.fft.rfft(spectrum.view(-1, out), norm="forward").mT.contiguous()
+    upper = torch.fft.irfft(half, width)
+    lower = upper[1 : (out + 1) // 2].flip(0, 1)
+    new = upper.new_empty(w.shape).copy_(w)
+    new[: len(upper)] += upper
+    new[len(upper) :, :1] += lower[:, -1:]
+    new[len(upper) :, 1:] += lower[:, :-1]
+    return new
 
 
 def _folded(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
