@@ -23,8 +23,9 @@ class C3A(Delta, name="c3a"):
     `kernel` [out / block, in / block, block] starts at zero, so that the adapted model starts as the base (PEFT draws
     it Xavier uniform by default). A change has out in / block parameters and may still have full rank.
 
-    Many tokens meet a W' that is formed, twice, and dL/dkernel comes from transforms of x and dL/dy. For few, or beside
-    half precision, each block is a circular correlation, y_m + sum over n of irfft(rfft(x_n) conj(rfft(kernel_mn))) / in.
+    Many tokens meet a W' that is formed, twice, and dL/dkernel comes from transforms of x and dL/dy; beside half
+    precision they meet this change alone. For few each block is a circular correlation, y_m + sum over n of
+    irfft(rfft(x_n) conj(rfft(kernel_mn))) / in.
     """
 
     papers = (
@@ -72,10 +73,8 @@ class C3A(Delta, name="c3a"):
             return (torch.fft.rfft(self.kernel / self.site.d_in).conj(),)
 
     def forward(self, inner, x):
-        if not self.joins(inner, x):
-            return super().forward(inner, x)
-        given = self.kernel / self.site.d_in
-        return self.site.apply_formed(x, _circulant, inner.weight, inner.bias, given, pull=_pulled)
+        y = self.formed(inner, x, _circulant, self.kernel / self.site.d_in, pull=_pulled)
+        return super().forward(inner, x) if y is None else y
 
     def act(self, inner, x, spectrum):
         y = inner(x)
@@ -100,7 +99,8 @@ def _circulant(w, kernel):
 
 def _pulled(g, x, w, kernel):
     """dL/dkernel[m, n, s] = sum over j of dL/dy_m[j] x_n[j + s], from transforms."""
-    g, x = (torch.fft.rfft(t.unflatten(-1, (-1, kernel.shape[-1]))) for t in (g, x))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g, x = (torch.fft.rfft(t.to(wide).unflatten(-1, (-1, kernel.shape[-1]))) for t in (g, x))
     return (torch.fft.irfft(_summed(x, g).transpose(0, 1), kernel.shape[-1]).to(kernel.dtype),)
 
 
