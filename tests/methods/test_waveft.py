@@ -128,7 +128,7 @@ def test_many_tokens_in_half_precision_meet_a_change_that_w_would_lose(recipe):
     x = torch.cat([signs, -signs], 1).bfloat16()  # what W maps to nothing shows the change
     w = host.weight.float()
     assert torch.equal(delta.weight(w).bfloat16(), host.weight)
-    y, change = model(x), x.float() @ (delta.weight(w) - w).T
+    y, change = model(x), x.float() @ delta.weight(torch.zeros_like(w)).T
     torch.testing.assert_close(y.float(), change, rtol=0, atol=0.02 * change.abs().max().item())
     probe, (value,) = torch.randn(y.shape), delta.parameters()
     ours, theirs = (torch.autograd.grad((out * probe).sum(), value)[0] for out in (y, change))
