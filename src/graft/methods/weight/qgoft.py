@@ -13,13 +13,13 @@ from .orthogonal import fast_side, turned
 class QGOFT(Delta, name="qgoft"):
     """W' = W R^T with R = P_L ... P_1, computed as f(x R): the inputs are turned, no matrix [in, in] is formed.
 
-    P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the
-    L = log2(in) levels together make a tree, in which a plane costs a few operations per token. A number of features
-    that is no power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into
-    blocks [32, 32] before they meet the inputs, where 32 divides `in`, the others into one thin product. With `strict` (GOFT) a plane is rotated by an
-    angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
-    (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at first, and
-    gamma sum <alpha, beta>^2 over all planes is added to the loss.
+    P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the L = log2(in)
+    levels together make a tree, in which a plane costs a few operations per token. A number of features that is no
+    power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into blocks
+    [32, 32] before they meet the inputs, where 32 divides `in`, the others into one thin product. With `strict` (GOFT)
+    a plane is rotated by an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows
+    of W stay. Otherwise (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at
+    first, and gamma sum <alpha, beta>^2 over all planes is added to the loss.
 
     The formulas and the penalty are the paper's, the order of the levels and of their planes that of the first version
     of the authors' code (github.com/ArthurLeoM/peft-givens). That code takes pi tanh(.) of its parameters for angles
