@@ -40,8 +40,14 @@ n tokens meet a frozen W [out, in]; its step takes 4 n in out operations, since 
 - **RandLoRA.** Its sum has full rank, so that nearly the same holds; it chooses between the two.
 - **Products with W, entry by entry (HiRA, GLoRA).** No factored form: W' is formed, twice, and dL/dW' takes half of
   the host's operations once more.
+- **SNELLA.** The same, with distances, a softmax and a choice of entries each time that W' is formed: many passes over
+  matrices of its size, which take longer than the products.
 - **SAID, FourierFT.** Dense maps of few numbers onto W: W' is made by transforms, twice. SAID's gradient takes dL/dW'
-  and a third one; FourierFT's transforms of x and dL/dy, in which it picks the trained entries.
+  and a third one; FourierFT's transforms of x and dL/dy, in which it picks the trained entries, tokens last.
+- **FourierFT, WaveFT, C3A beside half precision.** W' would lose what is small beside W: the change is made, twice, and
+  multiplied with x and dL/dy on its own, the host's operations once more.
+- **TeRA.** Its core has rank^4 entries, by default four times those of a square W of width 512. W' is made from it,
+  twice, and dL/dW' takes half of the host's operations once more.
 - **Full-size training (full, tangent, TAPS, GMT, LISA, ...).** dL/dW takes half of the host's operations, and the
   optimizer's state twice the size of W.
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from one_layer import acts_as_its_weight, adapted, linear
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +27,12 @@ def test_is_the_tucker_tensor_at_every_size():
         change = torch.einsum("abcd,ia,jb,kc,ld->ijkl", G, *factors).reshape(m1 * m2, n1 * n2) / (n1 * n2) ** 0.5
         x = torch.randn(7, n1 * n2, dtype=torch.float64)
         torch.testing.assert_close(layer(x), x @ (layer.weight + change).T + layer.bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("d_in, d_out", [(24, 30), (30, 12), (7, 20)])
+def test_few_and_many_tokens_meet_the_same_weight(tokens, d_in, d_out):
+    acts_as_its_weight(*adapted(linear(d_in, d_out), graft.TeRA(rank=5)), tokens)
 
 
 def test_few_vectors_give_a_change_of_full_rank():

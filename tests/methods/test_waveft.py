@@ -117,3 +117,19 @@ def test_a_forward_that_was_set_on_the_host_runs_for_many_tokens_too(method):
     )
     x = torch.randn(500, 16)
     torch.testing.assert_close(model(x), weights(x))
+
+
+@pytest.mark.parametrize("recipe", [graft.WaveFT(count=9), graft.FourierFT(count=40), graft.C3A(block=16)])
+def test_many_tokens_in_half_precision_meet_a_change_that_w_would_lose(recipe):
+    host = nn.Linear(48, 32, bias=False).bfloat16()
+    nn.init.ones_(host.weight)
+    model, delta = adapted(host, recipe, size=2e-5)
+    signs = torch.randn(400, 24).sign()
+    x = torch.cat([signs, -signs], 1).bfloat16()  # what W maps to nothing shows the change
+    w = host.weight.float()
+    assert torch.equal(delta.weight(w).bfloat16(), host.weight)
+    y, change = model(x), x.float() @ delta.weight(torch.zeros_like(w)).T
+    torch.testing.assert_close(y.float(), change, rtol=0, atol=0.02 * change.abs().max().item())
+    probe, (value,) = torch.randn(y.shape), delta.parameters()
+    ours, theirs = (torch.autograd.grad((out * probe).sum(), value)[0] for out in (y, change))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())

@@ -117,8 +117,25 @@ class Delta(nn.Module, metaclass=_MethodType):
             and site.module.host_forward is None
             and site.kind == "linear"
             and site.plain_in(x)
-            and 4 * x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out
+            and self._many(x)
         )
+
+    def _many(self, x: Tensor) -> bool:
+        site = self.site
+        return 4 * x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out
+
+    def formed(self, inner, x: Tensor, form: Callable, *tensors: Tensor, pull: Callable) -> Tensor | None:
+        """y by `site.apply_formed`, for a change with form(W, *tensors) = W + form(0, *tensors); None for few tokens.
+
+        Many meet W' where the delta `joins`. Beside half precision, in which W' would lose what is small beside W,
+        they meet the change alone, and y is added to what `inner` gives.
+        """
+        if self.joins(inner, x):
+            return self.site.apply_formed(x, form, inner.weight, inner.bias, *tensors, pull=pull)
+        if x.dtype.itemsize != 2 or not self._many(x):
+            return None
+        zeros = x.new_zeros(1).expand(self.site.d_out, self.site.d_in)
+        return inner(x) + self.site.apply_formed(x, form, zeros, None, *tensors, pull=pull)
 
     def prepared(self, inner, dtype: torch.dtype) -> tuple[Any, ...]:
         """`prepare(inner)` for x of `dtype`; in inference, while all it is made from is frozen, made once and kept.

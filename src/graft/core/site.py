@@ -525,9 +525,9 @@ class _Formed(torch.autograd.Function):
             dw = _lines(g).mT @ _lines(x).to(g.dtype)
             found = dict(zip(moving, pull(dw.to(matrix.dtype))))
         else:
-            matrix = formed() if need_x else w
-            if moving:
+            if moving:  # before W' is there, so that what it takes on the way is not beside it
                 found = dict(enumerate(ctx.pull(_lines(g), _lines(x).to(g.dtype), *given), 1))
+            matrix = formed() if need_x else w
         dx = (g @ matrix.to(g.dtype)).to(x.dtype) if need_x else None
         db = _lines(g).sum(0).to(bias.dtype) if need_bias else None
         return None, None, dx, found.get(0), db, *(found.get(i + 1) for i in range(len(tensors)))

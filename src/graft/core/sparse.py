@@ -109,10 +109,17 @@ torch.library.define("graft::exceeded_by", "(Tensor values, Tensor count) -> Ten
 
 def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """The sparse matrix of entries in rising order."""
+    _warn_now()
     starts = torch.searchsorted(rows, torch.arange(shape[0] + 1, dtype=rows.dtype)).to(rows.dtype)
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=True)
+
+
+@functools.cache
+def _warn_now() -> None:
+    """Lets torch say, once in a process, that these matrices are in beta; a filter at every use takes longer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=True)
+        torch.eye(1).to_sparse_csr()
 
 
 def by_entries(g: Tensor, x: Tensor, index: Tensor) -> bool:
@@ -128,7 +135,9 @@ def sampled_product(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     shape = g.shape[1], x.shape[1]
     if by_entries(g, x, index):
         where = _matrix(index // shape[1], index % shape[1], torch.zeros(len(index), dtype=wide), shape)
-        return torch.sparse.sampled_addmm(where, g.to(wide).mT, x.to(wide), beta=0).values()
+        # It reads both with tokens last, and takes longer to lay them out so.
+        g, x = (t.to(wide).mT.contiguous() for t in (g, x))
+        return torch.sparse.sampled_addmm(where, g, x.mT, beta=0).values()
     rows = max(1, BLOCK // shape[1])
     if rows >= shape[0]:
         return (g.mT @ x).flatten()[index].to(wide)

@@ -119,16 +119,23 @@ def shared_out(total: int, weights: Tensor, most: list[int]) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _change(w: Tensor, A: Tensor, B: Tensor, p: Tensor, t: Tensor, q: Tensor, count: Tensor) -> Tensor:
+def _parts(A: Tensor, B: Tensor, p: Tensor, t: Tensor, q: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """D and |D|, the latter zero where nothing changes."""
     wide = torch.promote_types(A.dtype, torch.float32)
     A, B, p, t, q = (v.to(wide) for v in (A, B, p, t, q))
-    square = B.square().sum(-1)[:, :, None] + A.square().sum(-1)[:, None, :] - 2 * B @ A.mT  # [2, out, in]
-    first, second = square.clamp(min=torch.finfo(wide).tiny).sqrt()
-    K = _SCALE * (first - second)
-    D = K + p * (K / t).softmax(0) + q
+    # By products, [2, out, in]; it keeps the distances alone for backward.
+    first, second = torch.cdist(_SCALE * B, _SCALE * A, compute_mode="use_mm_for_euclid_dist")
+    K = first - second
+    D = torch.addcmul(K + q, p, (K * t.reciprocal()).softmax(0))
     size = D.detach().abs()
-    return (D * torch.where(size > exceeded_by(size, count), size, 0.0)).to(w.dtype)
+    return D, size * (size > exceeded_by(size, count))
+
+
+def _change(w: Tensor, *tensors: Tensor) -> Tensor:
+    D, kept = _parts(*tensors)
+    return (D * kept).to(w.dtype)
 
 
 def _changed(w: Tensor, *tensors: Tensor) -> Tensor:
-    return w + _change(w.to(torch.promote_types(w.dtype, tensors[0].dtype)), *tensors)
+    wide = torch.promote_types(w.dtype, tensors[0].dtype)
+    return torch.addcmul(w.to(wide), *(v.to(wide) for v in _parts(*tensors)))

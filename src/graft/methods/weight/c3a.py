@@ -21,8 +21,11 @@ class C3A(Delta, name="c3a"):
     """W' = W + C / in, C made of circulant blocks: C_mn[j, k] = kernel[m, n, (k - j) mod block].
 
     `kernel` [out / block, in / block, block] starts at zero, so that the adapted model starts as the base (PEFT draws
-    it Xavier uniform by default). On activations each block is a circular correlation, y_m + sum over n of
-    irfft(rfft(x_n) conj(rfft(kernel_mn))) / in. A change has out in / block parameters and may still have full rank.
+    it Xavier uniform by default). A change has out in / block parameters and may still have full rank.
+
+    Many tokens meet a W' that is formed, twice, and dL/dkernel comes from transforms of x and dL/dy; beside half
+    precision they meet this change alone. For few each block is a circular correlation, y_m + sum over n of
+    irfft(rfft(x_n) conj(rfft(kernel_mn))) / in.
     """
 
     papers = (
@@ -69,6 +72,10 @@ class C3A(Delta, name="c3a"):
         with torch.autocast(self.kernel.device.type, enabled=False):
             return (torch.fft.rfft(self.kernel / self.site.d_in).conj(),)
 
+    def forward(self, inner, x):
+        y = self.formed(inner, x, _circulant, self.kernel / self.site.d_in, pull=_pulled)
+        return super().forward(inner, x) if y is None else y
+
     def act(self, inner, x, spectrum):
         y = inner(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -81,6 +88,20 @@ class C3A(Delta, name="c3a"):
         places = torch.arange(self.block, device=w.device)
         blocks = self.kernel[:, :, (places - places[:, None]) % self.block]  # [m, n, j, k]
         return w + blocks.transpose(1, 2).reshape(w.shape) / self.site.d_in
+
+
+def _circulant(w, kernel):
+    """W + C."""
+    m, n, block = kernel.shape
+    windows = torch.cat([kernel, kernel], -1).unfold(-1, block, 1)[:, :, 1:]  # [m, n, j, k], the last row first
+    return (w.view(m, block, n, block) + windows.flip(2).transpose(1, 2)).reshape(w.shape)
+
+
+def _pulled(g, x, w, kernel):
+    """dL/dkernel[m, n, s] = sum over j of dL/dy_m[j] x_n[j + s], from transforms."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g, x = (torch.fft.rfft(t.to(wide).unflatten(-1, (-1, kernel.shape[-1]))) for t in (g, x))
+    return (torch.fft.irfft(_summed(x, g).transpose(0, 1), kernel.shape[-1]).to(kernel.dtype),)
 
 
 class _Correlation(torch.autograd.Function):
@@ -103,18 +124,22 @@ class _Correlation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, S = ctx.saved_tensors
-        dx = dS = None
+        size, dx, dS = x.shape[-1], None, None
+        g = torch.fft.rfft(grads[0])
         if ctx.needs_input_grad[0]:
-            dx = _Correlation.apply(grads[0], S.conj().resolve_conj().transpose(0, 1))
+            dx = torch.fft.irfft(_mixed(g, S.conj().resolve_conj().transpose(0, 1)), size)
         if ctx.needs_input_grad[1]:
-            size = x.shape[-1]
             share = torch.full((size // 2 + 1,), 2 / size, dtype=x.dtype, device=x.device)  # one's and its conjugate's
             share[0] = 1 / size
             if size % 2 == 0:
                 share[-1] = 1 / size
-            g, h = (torch.fft.rfft(t.reshape(-1, *t.shape[-2:])) for t in (grads[0], x))
-            dS = torch.stack([(g * h[:, n : n + 1].conj()).sum(0) for n in range(h.shape[1])], 1) * share
+            dS = _summed(*(t.reshape(-1, *t.shape[-2:]) for t in (g, torch.fft.rfft(x)))) * share
         return dx, dS
+
+
+def _summed(g, h):
+    """[m, n, f], the sum over tokens of g [tokens, m, f] and the conjugate of h [tokens, n, f]."""
+    return torch.stack([(g * h[:, n : n + 1].conj()).sum(0) for n in range(h.shape[1])], 1)
 
 
 def _mixed(h, S):

@@ -28,8 +28,8 @@ class FourierFT(Delta, name="fourierft"):
     size, and are not stored.
 
     Many tokens meet a W' that is made by transforms of half of F, twice, and dL/dvalue comes from transforms of x and
-    dL/dy. For few, or beside half precision, y + s Re(ifft(F ifft(x))) forms no matrix: two transforms of each token,
-    and `count` products.
+    dL/dy; beside half precision they meet this change alone. For few y + s Re(ifft(F ifft(x))) forms no matrix: two
+    transforms of each token, and `count` products.
     """
 
     papers = (
@@ -84,10 +84,9 @@ class FourierFT(Delta, name="fourierft"):
         return self.scaling * self.value, self.rows, self.columns
 
     def forward(self, inner, x):
-        if not self.joins(inner, x):
-            return super().forward(inner, x)
         given = self.scaling * self.value, self.spots, self.shares, self.index, self.entry, self.signs
-        return self.site.apply_formed(x, _waved, inner.weight, inner.bias, *given, pull=_pulled)
+        y = self.formed(inner, x, _waved, *given, pull=_pulled)
+        return super().forward(inner, x) if y is None else y
 
     def act(self, inner, x, value, rows, columns):
         y = inner(x)
@@ -107,10 +106,11 @@ class FourierFT(Delta, name="fourierft"):
 def _halved(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
     """Re(ifft2(F)) is the inverse transform of half of F and half of its mirror image at the origin.
 
-    `spots` [2 count] of the mirror images and of the entries themselves in the columns up to width // 2, a transposed
-    half spectrum [width // 2 + 1, out], and their `shares`, 0 for those that lie in the other half.
+    `spots` [2 count] of the entries themselves and of their mirror images in the columns up to width // 2, a transposed
+    half spectrum [width // 2 + 1, out] with rows turned about, for a forward transform where the inverse one is meant,
+    and their `shares`, 0 for those that lie in the other half.
     """
-    i, j = torch.cat([-rows % out, rows]), torch.cat([-columns % width, columns])
+    i, j = torch.cat([-rows % out, rows]), torch.cat([columns, -columns % width])
     inside = j <= width // 2
     return {"spots": torch.where(inside, j * out + i, 0), "shares": inside / 2}
 
@@ -118,11 +118,17 @@ def _halved(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Te
 def _waved(w, value, spots, shares, *_):
     """W + Re(ifft2(F))."""
     out, width = w.shape
-    spectrum = value.new_zeros((width // 2 + 1) * out).index_add(0, spots, value.repeat(2) * shares)
+    shares = (value.repeat(2) * shares).to(torch.promote_types(w.dtype, torch.float32))
+    spectrum = shares.new_zeros((width // 2 + 1) * out).index_add(0, spots, shares)
     # The transform of real columns is needed to the half; what follows is the same turned about the origin.
-    upper = torch.fft.irfft(torch.fft.rfft(spectrum.view(-1, out), norm="forward").conj().mT, width)
-    lower = upper[1 : (out + 1) // 2].flip(0, 1).roll(1, 1)
-    return w + torch.cat([upper, lower])
+    half = torch.fft.rfft(spectrum.view(-1, out), norm="forward").mT.contiguous()
+    upper = torch.fft.irfft(half, width)
+    lower = upper[1 : (out + 1) // 2].flip(0, 1)
+    new = upper.new_empty(w.shape).copy_(w)
+    new[: len(upper)] += upper
+    new[len(upper) :, :1] += lower[:, -1:]
+    new[len(upper) :, 1:] += lower[:, :-1]
+    return new.to(w.dtype)
 
 
 def _folded(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Tensor]:
@@ -138,6 +144,7 @@ def _folded(rows: Tensor, columns: Tensor, out: int, width: int) -> dict[str, Te
 
 def _pulled(g, x, w, value, spots, shares, index, entry, signs):
     """dL/dvalue = Re(fft(dL/dy)^T fft(x)) at the entries / (out in), in half spectra."""
-    g, x = (torch.view_as_real(torch.fft.rfft(t)).flatten(1) for t in (g, x))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g, x = (torch.view_as_real(torch.fft.rfft(t.to(wide))).flatten(1) for t in (g, x))
     real, imaginary = sampled(g, x, index)[entry]
     return ((real + signs * imaginary) / w.numel()).to(value.dtype), None, None, None, None, None

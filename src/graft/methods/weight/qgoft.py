@@ -13,13 +13,13 @@ from .orthogonal import fast_side, turned
 class QGOFT(Delta, name="qgoft"):
     """W' = W R^T with R = P_L ... P_1, computed as f(x R): the inputs are turned, no matrix [in, in] is formed.
 
-    P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the
-    L = log2(in) levels together make a tree, in which a plane costs a few operations per token. A number of features
-    that is no power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into
-    blocks [32, 32] before they meet the inputs, where 32 divides `in`. With `strict` (GOFT) a plane is rotated by an
-    angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows of W stay. Otherwise
-    (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at first, and
-    gamma sum <alpha, beta>^2 over all planes is added to the loss.
+    P_l turns the planes of the features 2^l k and 2^l k + 2^(l-1), k = 0, 1, ...; all in - 1 planes of the L = log2(in)
+    levels together make a tree, in which a plane costs a few operations per token. A number of features that is no
+    power of two leaves the last one of a level over for the next. The five lowest levels are multiplied into blocks
+    [32, 32] before they meet the inputs, where 32 divides `in`, the others into one thin product. With `strict` (GOFT)
+    a plane is rotated by an angle, `angles` [in - 1], zero at first: R is orthogonal, and the angles between the rows
+    of W stay. Otherwise (qGOFT) it has a free 2 x 2 matrix (alpha, beta), `planes` [in - 1, 2, 2], the identity at
+    first, and gamma sum <alpha, beta>^2 over all planes is added to the loss.
 
     The formulas and the penalty are the paper's, the order of the levels and of their planes that of the first version
     of the authors' code (github.com/ArthurLeoM/peft-givens). That code takes pi tanh(.) of its parameters for angles
@@ -70,12 +70,12 @@ class QGOFT(Delta, name="qgoft"):
         return torch.stack([c, -s, s, c], -1).unflatten(-1, (2, 2))
 
     def prepare(self, inner):  # the inputs of a convolution are patches, which overlap
-        return (self.turns(),) if self.site.kind == "linear" else super().prepare(inner)
+        return _parts(self.turns()) if self.site.kind == "linear" else super().prepare(inner)
 
     def act(self, inner, x, *prepared):
         if self.site.kind != "linear":
             return super().act(inner, x, *prepared)
-        return inner(_tree(x, prepared[0].to(x.dtype)))
+        return inner(_turned(x, *prepared, add_up=self.site.add_up))
 
     def weight(self, w):
         P = self.turns()
@@ -97,28 +97,48 @@ def _woven(a, b, rest):
     return torch.cat([torch.stack([a, b], -1).flatten(-2), rest], -1)
 
 
-def _blocks(P, n, side):
-    """The first log2(side) levels of n features, which stay within `side` neighbours: blocks [n / side, side, side]."""
-    levels, size = [], n // 2
-    while size >= n // side:
-        level, P = P[:size], P[size:]
-        levels.append(level.unflatten(0, (n // side, -1)))
-        size //= 2
-    eye = torch.eye(side, dtype=P.dtype, device=P.device)
-    return _down(eye.expand(n // side, side, side), torch.cat(levels, 1)[:, None])
+def _parts(P):
+    """P alone, or how features are turned in two steps (None, blocks, up), with side for the side of the blocks:
 
-
-def _tree(x, P):
-    """x P_L ... P_1: blocks for as many levels as stay within WIDE features, then the roots of the blocks."""
-    n = x.shape[-1]
+    blocks [n / side, side, side], the levels which stay within `side` neighbours, then added to what they give
+    up [n, n / side], or None for a single block, on every side-th feature, the roots of the blocks: the levels above.
+    """
+    n = len(P) + 1
     side = fast_side(1, n)
     if side < 4:
-        return _down(x, P)
+        return P, None, None
     blocks, roots = _blocks(P, n, side), n // side
-    if roots > 1:
-        high = _tree(x[..., ::side], P[n - roots :])
-        x = torch.cat([high[..., None], x.unflatten(-1, (roots, side))[..., 1:]], -1).flatten(-2)
-    return turned(x, blocks)
+    if roots == 1:
+        return None, blocks, None
+    eye = torch.eye(roots, dtype=P.dtype, device=P.device)
+    moved = _turned(eye, *_parts(P[n - roots :])) - eye
+    return None, blocks, (moved.T[:, None] * blocks[:, 0, :, None]).flatten(0, 1)
+
+
+def _turned(x, P, blocks, up, add_up=lambda y, h, b: y + h @ b.T):
+    """x P_L ... P_1 with what `_parts` gives."""
+    if blocks is None:
+        return _down(x, P.to(x.dtype))
+    z = turned(x, blocks.to(x.dtype))
+    return z if up is None else add_up(z, x[..., :: blocks.shape[-1]], up)
+
+
+def _blocks(P, n, side):
+    """The first log2(side) levels of n features, which stay within `side` neighbours: blocks [n / side, side, side].
+
+    A plane joins the first rows of two parts: one of what it gives is the first row of both together, the other stays.
+    """
+    count, half, first = n // side, 1, P.new_ones(n, 1)
+    R = P.new_zeros(count, side, side)
+    while half < side:
+        parts, size = side // (2 * half), 2 * half
+        level, P = P[: count * parts], P[count * parts :]
+        first, other = (level[..., None] * first.view(-1, 1, 2, half)).flatten(2).unbind(1)
+        own = R.view(count, parts, size, parts, size).diagonal(0, 1, 3)  # [count, size, size, parts]
+        own[:, half] = other.view(count, parts, size).mT
+        half = size
+    R[:, 0] = first.view(count, side)
+    return R
 
 
 def _down(x, P):

@@ -20,7 +20,8 @@ class TeRA(Delta, name="tera"):
     factors. D1, D2, E1, E2 are diagonal: 4 rank parameters a site, for a change of rank min(m1, rank) min(m2, rank) or
     min(n1, rank) min(n2, rank), whichever is less. D1 starts at zero, so that the adapted model starts as the base, the
     others at one. No random tensor is saved: they are drawn again from the adapter's seed. On activations neither the
-    change nor a Kronecker product is formed.
+    change nor a Kronecker product is formed. Many tokens meet a W' that is made from the core, twice, where the core
+    has more than half as many entries as W: a product with it takes longer than dL/dW'.
 
     The paper's text and code could not be read. A Tucker-like network with frozen random factors shared by all layers
     and a trained diagonal beside each is what its abstract tells; the order of the tensor, the starts and distributions
@@ -75,10 +76,50 @@ class TeRA(Delta, name="tera"):
         down = (s.B1[:n1] * (self.E1 / self.site.d_in**0.5)).T, (s.B2[:n2] * self.E2).T
         return *down, s.G, s.A1[:m1] * self.D1, s.A2[:m2] * self.D2
 
+    def forward(self, inner, x):
+        site, s = self.site, self.shared
+        if not self.joins(inner, x) or 2 * s.G.numel() <= site.d_in * site.d_out:
+            return super().forward(inner, x)
+        (m1, m2), (n1, n2) = self.sizes
+        given = s.G, s.A1[:m1], s.A2[:m2], s.B1[:n1], s.B2[:n2], self.D1, self.D2, self.E1 / site.d_in**0.5, self.E2
+        return site.apply_formed(x, _changed, inner.weight, inner.bias, *given, pull=_pulled)
+
     def act(self, inner, x, left, right, G, up_left, up_right):
         h = self.site.up(self.site.kron(x, left, (right,)), G)
         return inner(x) + self.site.kron(h, up_left, (up_right,))
 
     def weight(self, w):
         left, right, G, up_left, up_right = self.prepare(None)
-        return w + torch.kron(up_left, up_right) @ G @ torch.kron(left, right)
+        return w + torch.kron(up_left, up_right) @ G @ torch.kron(left.T, right.T).T  # it fails for a transposed column
+
+
+def _between(M, A1, A2, B1, B2):
+    """(A1 ⊗ A2) M (B1 ⊗ B2)^T, the side first that leaves less to do for the other."""
+    sides = [(A1, A2, _on_rows), (B1, B2, _on_columns)]
+    for left, right, on in sorted(sides, key=lambda side: side[0].shape[0] * side[1].shape[0]):
+        M = on(M, left, right)
+    return M
+
+
+def _on_rows(M, P, Q):
+    """(P ⊗ Q) M."""
+    h = (P @ M.reshape(P.shape[1], -1)).view(len(P), Q.shape[1], -1)
+    return torch.bmm(Q.expand(len(P), -1, -1), h).flatten(0, 1)
+
+
+def _on_columns(M, P, Q):
+    """M (P ⊗ Q)^T."""
+    h = (M.reshape(-1, Q.shape[1]) @ Q.T).view(len(M), P.shape[1], -1)
+    return torch.bmm(P.expand(len(M), -1, -1), h).flatten(1)
+
+
+def _changed(w, G, A1, A2, B1, B2, D1, D2, E1, E2):
+    return w + _between(G, A1 * D1, A2 * D2, B1 * E1, B2 * E2)
+
+
+def _pulled(g, x, w, G, A1, A2, B1, B2, D1, D2, E1, E2):
+    """The gradients of the vectors from those of the scaled core, (A1 ⊗ A2)^T dL/dW' (B1 ⊗ B2)."""
+    H = G * _between(g.mT @ x, A1.T, A2.T, B1.T, B2.T)
+    rows = (H @ torch.outer(E1, E2).flatten()).view(len(D1), -1)
+    columns = (torch.outer(D1, D2).flatten() @ H).view(len(E1), -1)
+    return None, None, None, None, None, rows @ D2, D1 @ rows, columns @ E2, E1 @ columns

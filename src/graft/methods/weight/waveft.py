@@ -68,7 +68,8 @@ class WaveFT(Delta, name="waveft"):
     follow from `location_seed`, are the same at all sites of one size, and are not stored.
 
     A coefficient changes a block of 2 moments rows and columns of W: many tokens meet a W' formed so, twice, with
-    gradients at these entries only. For few, or beside half precision, y + s R_out S (R_in^T x) forms no matrix.
+    gradients at these entries only, or this change alone beside half precision. For few y + s R_out S (R_in^T x) forms
+    no matrix.
     """
 
     papers = (
@@ -137,11 +138,12 @@ class WaveFT(Delta, name="waveft"):
         return self.scaling * self.value, self.rows, self.columns
 
     def forward(self, inner, x):
-        if self.index is None or not self.joins(inner, x):
-            return super().forward(inner, x)
-        shares = (self.scaling * self.value[:, None] * self.taps).flatten()
-        entries = shares.new_zeros(len(self.index)).index_add(0, self.entry.flatten(), shares)
-        return self.site.apply_formed(x, placed, inner.weight, inner.bias, entries, self.index, pull=pulled)
+        y = None
+        if self.index is not None:
+            shares = (self.scaling * self.value[:, None] * self.taps).flatten()
+            entries = shares.new_zeros(len(self.index)).index_add(0, self.entry.flatten(), shares)
+            y = self.formed(inner, x, placed, entries, self.index, pull=pulled)
+        return super().forward(inner, x) if y is None else y
 
     def act(self, inner, x, value, rows, columns):
         y = inner(x)
