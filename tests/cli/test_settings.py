@@ -58,6 +58,12 @@ def test_a_text_that_does_not_fit_is_refused_with_its_name(name, text):
         FIT[name].read(text)
 
 
+@pytest.mark.parametrize("text", ["", " ", "a,", "a,,b"])
+def test_nothing_between_commas_is_refused(text):
+    with pytest.raises(GraftError, match=f"^labels='{text}' has an empty entry"):
+        FIT["labels"].read(text)
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_number_survives_being_written(x):
     assert FIT["learning_rate"].read(repr(x)) == x

@@ -70,6 +70,10 @@ class Setting:
 
     def read(self, given: Any) -> Any:
         """The value of a text of the command line, or of an entry of a recipe."""
+        if isinstance(given, str) and self._takes(Sequence) and not all(split(given)):
+            raise GraftError(
+                f"{self.name}={given!r} has an empty entry: name one thing or several, with commas between"
+            )
         for value in self._readings(given):
             if isinstance(value, dict) and all(self._accepts(v) for v in value.values()):
                 return value  # by module, or a mapping
