@@ -59,6 +59,13 @@ def test_own_data_are_compared_under_one_protocol_and_nothing_is_made_twice(base
     assert len(here) == before + 1 and here[-1].id == lost.stem
     assert [r["method"] for r in again.rows] == [r["method"] for r in found.rows]
     assert {p.name for p in found.folder.iterdir()} >= {"report.html", "results.json", "results.parquet", "runs"}
+    planned = found.folder / "comparison.json"
+    planned.write_text(json.dumps(json.loads(planned.read_text()) | {"format": 1}))
+    with pytest.raises(GraftError, match=r"comparison\.json has format 1, and this version of Graft goes on with 2"):
+        compare(bases / "bert", reviews, **given, sizes=[6], resume=True)
+    planned.write_text("{}")
+    with pytest.raises(GraftError, match=r"comparison\.json is no plan of a comparison"):
+        compare(bases / "bert", reviews, **given, sizes=[6], resume=True)
 
 
 def test_a_language_model_is_compared_with_answered_examples_and_with_what_it_forgets(bases, here, tmp_path):

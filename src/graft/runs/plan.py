@@ -8,7 +8,7 @@ from typing import Any
 from ..core import disk
 from ..core.errors import GraftError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def known(place: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
@@ -19,13 +19,16 @@ def known(place: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str
         return None
     try:
         found = json.loads(place.read_bytes())
-        other = next((k for k, v in settings.items() if found["settings"].get(k) != v), None)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        held, asked = found["format"], found["settings"]
+        other = None if held != FORMAT else next((k for k, v in settings.items() if asked[k] != v), None)
+    except (ValueError, KeyError, TypeError):
         raise GraftError(f"{place} is no plan of a {what}: choose another output") from None
+    if held != FORMAT:
+        raise GraftError(f"{place} has format {held}, and this version of Graft goes on with {FORMAT} alone: choose "
+                         "another output")  # fmt: skip
     if other:
         raise GraftError(
-            f"{folder} holds a {what} with {other}={found['settings'].get(other)}, not {settings[other]}: "
-            "choose another output"
+            f"{folder} holds a {what} with {other}={asked[other]}, not {settings[other]}: choose another output"
         )
     if not resume:
         raise GraftError(f"{folder} holds this {what} already: resume it, or choose another output")

@@ -140,8 +140,7 @@ def search(
     searched = None if supernet else Space.of(space, domains, load_base(model, dtype=DTYPE).model)
     kind = searchers.find((supernet is None and searcher) or ("config" if len(names) == 1 else "autopeft"))
     common = tuning(
-        made, method=["lora"], base=str(model), quantise=quantise, seed=seeds[0], learning_rates=[1e-3],
-        steps=steps,
+        made, method=["lora"], base=str(model), quantise=quantise, seed=seeds[0], learning_rates=[1e-3], steps=steps,
         batch_size=batch_size, max_length=max_length, rows=rows,
     )[0][0]  # fmt: skip
     where, given = engines.find(engine), {k: v for k, v in (("scheduler", scheduler), ("address", address)) if v}
@@ -150,11 +149,9 @@ def search(
     if scheduler:
         common = replace(common, also={"points": POINTS})
     settings = plain({
-        "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data,
-        "quantise": quantise, "space": list(space),
-        "domains": domains, "searcher": supernet or kind.name, "objective": names, "at_most": within,
-        "seeds": list(seeds),
-        "rows": common.rows, "also": common.also,
+        "model": str(model), "task": made.name, "knobs": common.knobs, "data": common.data, "quantise": quantise,
+        "space": list(space), "domains": domains, "searcher": supernet or kind.name, "objective": names,
+        "at_most": within, "seeds": list(seeds), "rows": common.rows, "also": common.also,
         "training": {k: v for k, v in common.training.items() if k not in domains},
     })  # fmt: skip
     known = plan.known(folder / PLAN, settings, resume=resume)
