@@ -20,7 +20,7 @@ from . import delta as core
 from .delta import Delta, Host, Link, base_modules
 from .errors import GraftError
 from .site import Site
-from .stacked import each_of
+from .stacked import each_of, left_padded
 
 NAME = "graft"
 SEPARATE = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"), ("k_lin", "v_lin"))
@@ -123,7 +123,8 @@ class Attention(Delta):
     """A delta of the attention product of self-attention; the host is an attention module.
 
     `forward(inner, q, k, v, mask, **kwargs)`: q [batch, heads, length, size], k and v [batch, kv heads, ...];
-    inner returns (output [batch, length, heads, size], weights).
+    inner returns (output [batch, length, heads, size], weights). Where `prepare` returns K and V [kv heads, n, size],
+    of any n, they stand before k and v; for anything else override `stack` and `act_stacked`.
     """
 
     hosts = ("attention",)
@@ -145,11 +146,12 @@ class Attention(Delta):
     @classmethod
     def stack(cls, prepared: list) -> Any:
         """What the deltas of b rows prepared, as one; None for a row without a delta."""
-        raise NotImplementedError
+        K, keep = left_padded([p[0] if p else None for p in prepared])
+        return K, left_padded([p[1] if p else None for p in prepared])[0], keep
 
     def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
         """The product, where row i of the b rows `stacked` is for batch / b neighbours."""
-        raise NotImplementedError
+        return self.prepend(inner, *stacked, q, k, v, mask, **kwargs)
 
     def prepend(self, inner, K: Tensor, V: Tensor, keep: Tensor | None, q, k, v, mask, **kwargs):
         """The product over [K; k] and [V; v]: K, V [b, kv heads, n, size] are seen from every position, at distance 0.

@@ -12,7 +12,6 @@ from ...core.delta import Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import OWN, PromptPeft
 from ...core.hyper import Range
-from ...core.stacked import left_padded
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # rotations which depend on nothing but the position
 
@@ -164,15 +163,6 @@ class PrefixTuning(Attention, name="prefix_tuning"):
 
     def prepare(self, inner):
         return self.prefix()
-
-    @classmethod
-    def stack(cls, prepared):
-        K, keep = left_padded([p[0] if p else None for p in prepared])
-        return K, left_padded([p[1] if p else None for p in prepared])[0], keep
-
-    def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
-        K, V, keep = stacked
-        return self.prepend(inner, K, V, keep, q, k, v, mask, **kwargs)
 
 
 class Reparameterization(nn.Module):
