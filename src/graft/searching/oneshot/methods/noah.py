@@ -39,16 +39,17 @@ class Depths(Space):
 
 
 class NOAH(SinglePath):
-    """A LoRA and an adapter of any size in the first blocks, as many as pays.
+    """A prompt, a LoRA and an adapter of any size in the first blocks, as many as pays.
 
-    Two adapters of the supernet, a LoRA of the fused or separate projections of queries, keys and values, W' = W + B A,
-    and a serial adapter after the MLP. Each has a depth d, a share of the blocks, and a size of its own in each of the
-    first d blocks; later blocks have none. Smaller sizes are the leading rows and columns of the largest. A step trains
-    one path, drawn evenly; evolution with the inherited weights follows, under the cap.
+    Three adapters of the supernet: a prompt that the self-attention of a block reads (VPT), a LoRA of the fused or
+    separate projections of queries, keys and values, W' = W + B A, and a serial adapter after the MLP. Each has a depth
+    d, a share of the blocks, and a size of its own in each of the first d blocks; later blocks have none. Smaller sizes
+    are the leading rows and columns of the largest. A step trains one path, drawn evenly; evolution with the inherited
+    weights follows, under the cap.
 
     Sizes, depths, draws, mutation (which changes depths, and sizes of blocks that join), crossing and numbers are those
-    of the authors' code (github.com/Davidzhangyuanhan/NOAH). There prompts in every block of a ViT are a third kind,
-    for which there is no method here, and the adapter has QuickGELU in place of GELU.
+    of the authors' code (github.com/Davidzhangyuanhan/NOAH). There a prompt passes the norm of its block, and the
+    adapter has QuickGELU in place of GELU.
     """
 
     name = "noah"
@@ -56,7 +57,7 @@ class NOAH(SinglePath):
     def __init__(
         self,
         *,
-        sizes: Annotated[Sequence[int], "rank of the LoRA, features of the adapter"] = (1, 5, 10),
+        sizes: Annotated[Sequence[int], "length of the prompt, rank of the LoRA, features of the adapter"] = (1, 5, 10),
         depths: Annotated[Sequence[float], "shares of the blocks"] = (0.25, 0.5, 0.75, 1.0),
     ):
         self.sizes, self.depths = sizes, depths
@@ -65,6 +66,7 @@ class NOAH(SinglePath):
         where = blocks(base.model)
         depths = sorted({max(1, round(share * len(where))) for share in self.depths})
         kinds = {
+            "prompt": ([Recipe.of("vpt", length=n) for n in self.sizes], "attention"),
             "lora": ([Recipe.of("lora", rank=n, alpha=float(n)) for n in self.sizes], "qkv"),
             "adapter": ([Recipe.of("houlsby", size=n) for n in self.sizes], "mlp"),
         }
