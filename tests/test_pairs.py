@@ -19,7 +19,7 @@ from graft import inits, methods
 from graft.core.delta import METHODS
 from graft.core.factored import INITS
 from graft.core.hyper import hyperparameters
-from graft.core.site import QuantisedSite
+from graft.core.sites.quantised import QuantisedSite
 from models import move
 
 methods.load()

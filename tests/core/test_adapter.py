@@ -14,7 +14,7 @@ from torch import nn
 
 import graft
 from graft.core.delta import METHODS, Adapted
-from graft.core.site import QuantisedSite
+from graft.core.sites.quantised import QuantisedSite
 from models import bert, gpt2, llama, move, picture, tokens
 
 IDS = tokens()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.core.site import rounding_loss
+from graft.core.merge import rounding_loss
 from models import bert, llama, move, picture, tokens
 
 IDS = tokens()

@@ -10,7 +10,7 @@ from torch import nn
 import graft
 from graft.core.quantise import scheme_of
 from graft.core.quantised import SCHEMES
-from graft.core.site import quantised_sites
+from graft.core.sites.quantised import quantised_sites
 from models import llama, move, tokenizer, tokens
 
 PACKAGES = {name: scheme.package for name, scheme in SCHEMES.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.site import quantised_sites
+from graft.core.sites.quantised import quantised_sites
 from models import llama, move, tokens
 
 IN, OUT = 128, 64

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils import checkpoint
 
 import graft
-from graft.core.site import QuantisedSite, kind_of, site_for
+from graft.core.site import kind_of, site_for
+from graft.core.sites.quantised import QuantisedSite
 
 KINDS = ("linear", "conv", "embedding", "norm")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

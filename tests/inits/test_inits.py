@@ -16,7 +16,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
 import graft
-from graft.core.site import QuantisedSite
+from graft.core.sites.quantised import QuantisedSite
 from graft.core.statistics import Components
 from graft.inits.corda import damped
 from models import bert, gpt2, llama, move, tokens

@@ -158,7 +158,7 @@ def test_a_tied_output_head_leaves_the_embedding():
 
 
 def test_quantised_weights_are_refused():
-    from graft.core.site import QuantisedSite
+    from graft.core.sites.quantised import QuantisedSite
 
     class Coded(nn.Linear):
         pass

@@ -20,7 +20,8 @@ from ..core.errors import GraftError
 from ..core.hyper import check, keywords
 from ..core.progress import shown
 from ..core.recipe import ByPath, Recipe
-from ..core.site import LinearSite, site_for
+from ..core.site import site_for
+from ..core.sites.linear import LinearSite
 from ..methods.weight.lora import LoRA
 from . import entrywise
 from .change import (

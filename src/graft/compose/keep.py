@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import GraftError
-from ..core.site import LinearSite
+from ..core.sites.linear import LinearSite
 from .change import Change, LowRank, added, dense, scaled, size, svd
 
 EXACT = 1e-5  # a loss up to this share of the change is rounding

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.delta import Adapted, Delta, Edit, Host, Link, first_input, own_function
 from ..core.errors import GraftError
-from ..core.site import LinearSite
+from ..core.sites.linear import LinearSite
 from ..core.stacked import neighbours
 from .rowwise import Rows, Unsupported
 

@@ -15,7 +15,8 @@ from .delta import Adapted, Delta, Deltas, Fresh, base_modules, is_owned, mount,
 from .errors import GraftError
 from .rebuild import Rebuilding
 from .recipe import ByPath, Recipe
-from .site import Site, is_quantised, quantised_sites, site_for
+from .site import Site, is_quantised, site_for
+from .sites.quantised import quantised_sites
 from .targets import is_preset, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of an adapter

@@ -5,7 +5,7 @@ from torch import nn
 
 from .adapter import Adapter, activate, registry, unwrapped
 from .files import build, content
-from .site import QuantisedSite, quantised_sites
+from .sites.quantised import QuantisedSite, quantised_sites
 
 
 @torch.no_grad()

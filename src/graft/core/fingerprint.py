@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .delta import base_modules, base_parameters
-from .site import quantised_sites
+from .sites.quantised import quantised_sites
 
 SAMPLES = 256  # values of a large tensor at most
 WHOLE = 4 * SAMPLES  # values of a tensor which is compared whole

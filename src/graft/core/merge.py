@@ -5,6 +5,7 @@ parameters put in the place of the old ones, which are kept: undoing it brings t
 chosen entries only, a merge in place writes these and keeps what was there: its cost is that of the adapter.
 """
 
+import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from .adapter import Registry, adapted_hosts, registry, unwrapped
 from .delta import is_finite
 from .errors import GraftError
 from .kept import PLAIN
-from .site import QuantisedSite, rounding_loss
+from .sites.quantised import QuantisedSite
 
 SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warns
 
@@ -223,3 +224,12 @@ def merge(model: nn.Module) -> Merge:
     found.activate(())
     found.merged = done
     return done
+
+
+def rounding_loss(exact: Tensor, before: Tensor, dtype: torch.dtype) -> float:
+    """The share of the change exact - before that storing it as `dtype` loses: ||round(W') - W'|| / ||W' - W||."""
+    if exact.dtype == dtype:
+        return 0.0
+    change = torch.linalg.vector_norm(exact - before).item()
+    lost = torch.linalg.vector_norm(exact.to(dtype) - exact).item()
+    return lost / change if change and math.isfinite(change) else 0.0

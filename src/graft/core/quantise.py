@@ -13,7 +13,7 @@ from .adapter import adapters, registry, unwrapped
 from .delta import base_modules
 from .errors import GraftError
 from .quantised import SCHEMES, Scheme
-from .site import quantised_sites
+from .sites.quantised import quantised_sites
 from .targets import resolve
 
 MARK = "quantised_as"  # on the layers made here: the name of their scheme

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .adapter import registry
 from .delta import base_modules, base_parameters
 from .errors import GraftError
-from .site import QuantisedSite, kind_of, quantised_sites, site_for
+from .site import kind_of, site_for
+from .sites.quantised import QuantisedSite, quantised_sites
 from .targets import resolve
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.errors import GraftError
-from ..core.site import quantised_sites
+from ..core.sites.quantised import quantised_sites
 from . import objectives
 from .data import read, take
 from .messages import said

@@ -23,7 +23,8 @@ from ..delta import METHODS, Delta, base_modules
 from ..errors import GraftError
 from ..folder import tensor_bytes
 from ..recipe import ByPath, Recipe
-from ..site import Site, kind_of, site_for, tucker_form
+from ..site import Site, kind_of, site_for
+from ..sites.conv import tucker_form
 from . import OWN, As, Format, Saved
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from ..errors import GraftError
 from ..folder import json_bytes, tensor_bytes
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
-from ..site import Conv1DSite, site_for
+from ..site import site_for
+from ..sites.linear import Conv1DSite
 from ..targets import resolve
 from . import CONFIG, OWN, TENSORS, As, Format, Saved
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..site import QuantisedSite
+from ..sites.quantised import QuantisedSite
 from . import SCHEMES, Scheme
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..site import QuantisedSite
+from ..sites.quantised import QuantisedSite
 from . import SCHEMES, Scheme
 
 

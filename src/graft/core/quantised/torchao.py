@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..site import QuantisedSite
+from ..sites.quantised import QuantisedSite
 from . import SCHEMES, Scheme
 
 

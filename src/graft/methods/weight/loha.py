@@ -9,7 +9,7 @@ from ...core.delta import Delta, Paper
 from ...core.formats.lycoris import LowRank, check_size
 from ...core.formats.peft import As, Peft, zero_padded
 from ...core.hyper import Range
-from ...core.site import tucker_form
+from ...core.sites.conv import tucker_form
 
 
 def _turned(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from ...core.errors import GraftError
 from ...core.formats.lycoris import ALPHA, Lycoris, check_size, kernel, matrix, tucker
 from ...core.formats.peft import OWN, As, Peft, zero_padded
 from ...core.hyper import Range
-from ...core.site import tucker_form
+from ...core.sites.conv import tucker_form
 
 
 def _with_kernel(site, W2):

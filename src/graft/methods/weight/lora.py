@@ -14,7 +14,7 @@ from ...core.formats.adapter_hub import LoraHub
 from ...core.formats.lycoris import LowRank, check_size, filters, matrix, point
 from ...core.formats.peft import As, Peft, to_input_kernel, to_matrix, to_point_kernel
 from ...core.hyper import Range
-from ...core.site import tucker_form
+from ...core.sites.conv import tucker_form
 
 
 def _changes_base(config: dict) -> str | None:

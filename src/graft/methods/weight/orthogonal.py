@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...core.delta import Delta
-from ...core.site import small_product
+from ...core.sites.linear import small_product
 
 WIDE = 32  # side of blocks from which products take no longer than their operands take to be read
 
