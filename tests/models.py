@@ -84,7 +84,7 @@ def attach(model, method, name, seed=1, targets=None, **hyper):
     targets = targets or ("lm_head" if method == "full" else None)
     if needs := cls.asks(cls(**hyper).hyper):
         loss = lambda model, batch: model(batch).logits.square().mean()
-        stats = graft.collect(graft.core.delta.bare_copy(model), [tokens()], needs, targets or cls.targets, loss=loss)
+        stats = graft.collect(graft.core.host.bare_copy(model), [tokens()], needs, targets or cls.targets, loss=loss)
     return move(graft.attach(model, cls(**hyper), targets, name=name, stats=stats), seed=seed)
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft import methods
-from graft.core.delta import METHODS, Delta, base_modules, base_parameters
+from graft.core.delta import METHODS, Delta
+from graft.core.host import base_modules, base_parameters
 from graft.core.hyper import hyperparameters
 from graft.core.site import Site, site_for
 

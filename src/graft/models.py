@@ -18,10 +18,10 @@ from torch import nn
 
 from . import bases
 from .core import quantise as quantising
-from .core.adapter import registry
 from .core.errors import GraftError
 from .core.merge import merge
 from .core.names import SHIPPED
+from .core.registry import registry
 from .training import objectives
 from .training.data import Examples
 from .training.evaluation import processor_of

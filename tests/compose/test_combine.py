@@ -25,7 +25,7 @@ NEUTRAL = [(n, h) for n, h in WITH_WEIGHT if METHODS[n].neutral]
 
 def change(model, *names):
     """What the adapters `names` add to every tensor of the base, together: read off merged weights."""
-    base = graft.core.delta.bare_copy(model).state_dict()
+    base = graft.core.host.bare_copy(model).state_dict()
     graft.activate(model, *names)
     merged = graft.merged_state_dict(model)
     return {k: merged[k] - base[k] for k in base}
@@ -102,7 +102,7 @@ def test_sums_commute_and_nest(name, host):
 @each_weight
 def test_an_adapter_less_itself_is_the_base(name, host):
     model, x = pair(name, host)
-    base = run(graft.core.delta.bare_copy(model), x)
+    base = run(graft.core.host.bare_copy(model), x)
     graft.combine(model, {"default": 1.0}, name="again")
     graft.combine(model, {"default": 1.0, "again": -1.0}, name="nothing")
     graft.activate(model, "nothing")
@@ -322,7 +322,7 @@ def test_the_result_runs_in_the_place_of_its_sources_and_leaves_as_it_came(tmp_p
     for i, name in enumerate("ab"):
         move(graft.attach(model, "dora", "q_proj", rank=2, name=name), seed=i)
     done = graft.combine(model, {"a": 0.5, "b": 0.5}, name="ab", rank=3)
-    assert graft.core.adapter.registry(model).active == ("far", "ab")
+    assert graft.core.registry.registry(model).active == ("far", "ab")
     assert not any(p.requires_grad for p in done.adapter.parameters())
     graft.activate(model, "ab")
     y = model(IDS).logits
@@ -390,10 +390,10 @@ def test_what_cannot_be_is_refused_and_changes_nothing(arguments, options, says)
     model = llama()
     move(graft.attach(model, "lora", "q_proj", name="a"))
     move(graft.attach(model, "dora", "q_proj", name="b"))
-    before, active = picture(model), graft.core.adapter.registry(model).active
+    before, active = picture(model), graft.core.registry.registry(model).active
     with pytest.raises(graft.GraftError, match=says):
         graft.combine(model, *arguments, **options)
-    assert picture(model) == before and graft.core.adapter.registry(model).active == active
+    assert picture(model) == before and graft.core.registry.registry(model).active == active
 
 
 def test_more_refusals():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graft
-from graft.core.delta import METHODS, Adapted
+from graft.core.delta import METHODS
+from graft.core.host import Adapted
 from graft.core.sites.quantised import QuantisedSite
 from models import bert, gpt2, llama, move, picture, tokens
 

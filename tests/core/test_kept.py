@@ -13,7 +13,8 @@ from torch import nn
 
 import graft
 from graft import methods
-from graft.core.delta import Delta, mount
+from graft.core.delta import Delta
+from graft.core.host import mount
 from graft.core.kept import FREE
 from graft.core.site import site_for
 from models import llama, move, tokens

@@ -9,7 +9,7 @@ from torch import nn
 
 import graft
 from graft import GraftError
-from graft.core import delta as core
+from graft.core import host as hosting
 from graft.core.delta import METHODS
 from graft.methods import load as load_methods
 from models import bert, gpt2, llama, move, picture, tokens
@@ -114,7 +114,7 @@ def test_adapters_that_are_switched_off_are_not_asked_for():
 
 
 def test_rows_with_adapters_of_their_own_are_refused(monkeypatch):
-    monkeypatch.setattr(core, "routed", core.routed)  # which stays set once a route was opened
+    monkeypatch.setattr(hosting, "routed", hosting.routed)  # which stays set once a route was opened
     model = llama()
     for name in "ab":
         graft.attach(model, "lora", name=name, rank=2)

@@ -13,7 +13,7 @@ Format = Annotated[str, typer.Option(help="graft, or another format that the met
 
 def only(base: Any, folder: str) -> str:
     """The name of the one adapter that was loaded from a folder."""
-    from ..core.adapter import adapters
+    from ..core.registry import adapters
 
     first, *others = adapters(base.model)
     if others:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter, check_name, open_registry
+from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.files import Part, Saved, build, content, fingerprints, parts, read
+from ..core.registry import check_name, open_registry
 
 
 class Bank:

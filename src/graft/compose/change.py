@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.delta import Delta, Host, is_owned
+from ..core.delta import Delta
 from ..core.factored import wide
+from ..core.host import Host, is_owned
 from ..methods.weight.full import Full
 
 MATRICES = ("linear", "conv", "embedding")  # kinds of hosts which own a matrix [out, in]

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core import files
-from ..core.adapter import Adapter, adapters, registry, unwrapped
-from ..core.delta import Delta, base_modules, is_finite
+from ..core.adapter import Adapter
+from ..core.delta import Delta, is_finite
 from ..core.errors import GraftError
+from ..core.host import base_modules
 from ..core.hyper import check, keywords
 from ..core.progress import shown
 from ..core.recipe import ByPath, Recipe
+from ..core.registry import adapters, registry, unwrapped
 from ..core.site import site_for
 from ..core.sites.linear import LinearSite
 from ..methods.weight.lora import LoRA

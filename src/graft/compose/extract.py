@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import HEADS, registry, unwrapped
-from ..core.delta import base_modules
+from ..core.adapter import HEADS
 from ..core.errors import GraftError
+from ..core.host import base_modules
 from ..core.merge import merged_state_dict
 from ..core.recipe import Recipe
+from ..core.registry import registry, unwrapped
 from ..core.site import kind_of, site_for
 from ..core.targets import resolve
 from ..methods.weight.full import Full

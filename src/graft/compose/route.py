@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import delta as core
-from ..core.adapter import Adapter, registry, unwrapped
-from ..core.delta import Adapted
+from ..core import host as hosting
+from ..core.adapter import Adapter
 from ..core.errors import GraftError
+from ..core.host import Adapted
+from ..core.registry import registry, unwrapped
 from .rows import rows_at
 
 Row = str | None | Sequence[str]
@@ -77,7 +78,7 @@ class Route:
     def enter(self) -> None:
         """Open it in this thread."""
         global _latest
-        core.routed = routed_chain
+        hosting.routed = routed_chain
         _count(1)
         if torch.is_grad_enabled():
             _latest = self
@@ -122,7 +123,7 @@ def _count(change: int) -> None:
     global _open
     with _counting:
         _open += change
-        core.routes_open = _open > 0
+        hosting.routes_open = _open > 0
 
 
 def routed_chain(host: Adapted, place: str) -> Callable | None:

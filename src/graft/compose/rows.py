@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.delta import Adapted, Delta, Edit, Host, Link, first_input, own_function
+from ..core.delta import Delta, Edit, first_input
 from ..core.errors import GraftError
+from ..core.host import Adapted, Host, Link, own_function
 from ..core.sites.linear import LinearSite
 from ..core.stacked import neighbours
 from .rowwise import Rows, Unsupported

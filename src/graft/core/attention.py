@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import delta as core
-from .delta import Delta, Host, Link, base_modules
+from . import host as hosting
+from .delta import Delta
 from .errors import GraftError
+from .host import Host, Link, base_modules
 from .site import Site
 from .stacked import each_of, left_padded
 
@@ -114,8 +115,8 @@ class AttentionSite(Site):
 
 
 def _product(module, *args, **kwargs):
-    if core.routed is not None:
-        return core.run(module, "product", module.product, *args, **kwargs)
+    if hosting.routed is not None:
+        return hosting.run(module, "product", module.product, *args, **kwargs)
     return module.product(*args, **kwargs)
 
 
@@ -151,7 +152,8 @@ class Attention(Delta):
 
     def act_stacked(self, inner, stacked, q, k, v, mask=None, **kwargs):
         """The product, where row i of the b rows `stacked` is for batch / b neighbours."""
-        return self.prepend(inner, *stacked, q, k, v, mask, **kwargs)
+        K, V, keep = stacked
+        return self.prepend(inner, K, V, keep, q, k, v, mask, **kwargs)
 
     def prepend(self, inner, K: Tensor, V: Tensor, keep: Tensor | None, q, k, v, mask, **kwargs):
         """The product over [K; k] and [V; v]: K, V [b, kv heads, n, size] are seen from every position, at distance 0.

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from .adapter import Adapter, activate, registry, unwrapped
+from .adapter import Adapter
 from .files import build, content
+from .registry import activate, registry, unwrapped
 from .sites.quantised import QuantisedSite, quantised_sites
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..version import __version__
-from .adapter import HEADS, NAME, Adapter, activate, adapters, registry, tensors_by_path, unwrapped
+from .adapter import HEADS, Adapter, tensors_by_path
 from .card import card, chain_card, class_name
-from .delta import Delta, base_modules, is_finite
+from .delta import Delta, is_finite
 from .errors import GraftError
 from .fingerprint import fingerprint
 from .folder import (
@@ -41,9 +41,11 @@ from .folder import (
 )
 from .formats import FORMATS, Fingerprints, Format, Saved, file_names
 from .formats import load as load_formats
+from .host import base_modules
 from .hyper import hyperparameters
 from .quantise import scheme_of
 from .recipe import ByPath, Recipe, method
+from .registry import NAME, activate, adapters, registry, unwrapped
 from .site import site_for
 from .targets import resolve
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .delta import base_modules, base_parameters
+from .host import base_modules, base_parameters
 from .sites.quantised import quantised_sites
 
 SAMPLES = 256  # values of a large tensor at most

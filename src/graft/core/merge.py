@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import Registry, adapted_hosts, registry, unwrapped
 from .delta import is_finite
 from .errors import GraftError
 from .kept import PLAIN
+from .registry import Registry, adapted_hosts, registry, unwrapped
 from .sites.quantised import QuantisedSite
 
 SWALLOWED = 0.1  # from this share of a change lost to rounding on, a merge warns

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .delta import Delta, Host
+from .delta import Delta
 from .errors import GraftError
+from .host import Host
 from .site import kind_of
 from .stacked import each_of, left_padded
 

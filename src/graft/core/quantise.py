@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import adapters, registry, unwrapped
-from .delta import base_modules
 from .errors import GraftError
+from .host import base_modules
 from .quantised import SCHEMES, Scheme
+from .registry import adapters, registry, unwrapped
 from .sites.quantised import quantised_sites
 from .targets import resolve
 

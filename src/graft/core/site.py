@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .delta import base_modules
 from .errors import GraftError
+from .host import base_modules
 
 KINDS: dict[str, type["Site"]] = {}  # qualified name of a class of modules, or of their weights -> site
 BY_LOOKS: list[tuple[Callable[[nn.Module], bool], type["Site"]]] = []  # for modules of classes without a name above

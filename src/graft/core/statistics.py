@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import registry
-from .delta import base_modules, base_parameters
 from .errors import GraftError
+from .host import base_modules, base_parameters
+from .registry import registry
 from .site import kind_of, site_for
 from .sites.quantised import QuantisedSite, quantised_sites
 from .targets import resolve

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import delta as core
-from .adapter import Adapter, adapters, unwrapped
+from . import host as hosting
+from .adapter import Adapter
 from .card import class_name
-from .delta import Adapted, Delta, base_modules
+from .delta import Delta
 from .errors import GraftError
+from .host import Adapted, base_modules
+from .registry import adapters, unwrapped
 
 READ = ("linear", "conv", "embedding", "norm")  # kinds of hosts whose own tensors a delta changes
 OUTSIDE = "code outside the model"
@@ -115,7 +117,7 @@ def verify(
     if not chain:
         raise GraftError(f"{class_name(model)} runs no adapter: there is no delta to reach")
     first = next(iter(next(iter(chain.values())).deltas.values()))
-    routed = core.routed is not None and core.routed(first.site.module, first.place) is not None
+    routed = hosting.routed is not None and hosting.routed(first.site.module, first.place) is not None
     if routed or (isinstance(batch, Mapping) and batch.get("adapters") is not None):
         raise GraftError(
             "verify runs the adapters that are active, not one for each row: leave adapters= and graft.route out, and "

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import disabled
+from ..core.registry import disabled
 from .evaluation import evaluating
 from .objectives import Objective
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter, adapters
+from ..core.adapter import Adapter
 from ..core.errors import GraftError
+from ..core.registry import adapters
 from . import checkpoints
 
 # Settings that change nothing about the parameters; and data, which is compared by its content.

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.adapter import adapters
 from ..core.errors import GraftError
 from ..core.prompt import Prompt
+from ..core.registry import adapters
 from .data import Examples, column, columns_of
 
 IGNORED = -100

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..card import class_name
-from ..delta import METHODS, Delta, base_modules
+from ..delta import METHODS, Delta
 from ..errors import GraftError
 from ..folder import CONFIG, json_bytes, tensor_bytes
+from ..host import base_modules
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
 from ..site import site_for

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..delta import METHODS, Delta, base_modules
+from ..delta import METHODS, Delta
 from ..errors import GraftError
 from ..folder import tensor_bytes
+from ..host import base_modules
 from ..recipe import ByPath, Recipe
 from ..site import Site, kind_of, site_for
 from ..sites.conv import tucker_form

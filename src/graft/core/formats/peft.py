@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..delta import METHODS, Delta, base_modules
+from ..delta import METHODS, Delta
 from ..errors import GraftError
 from ..folder import json_bytes, tensor_bytes
+from ..host import base_modules
 from ..hyper import hyperparameters
 from ..recipe import ByPath, Recipe
 from ..site import site_for

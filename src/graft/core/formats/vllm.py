@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..delta import Delta, base_modules
+from ..delta import Delta
 from ..errors import GraftError
 from ..folder import json_bytes, tensor_bytes
+from ..host import base_modules
 from . import CONFIG, OWN, TENSORS, Format
 from .peft import PREFIX, target_modules, task_type
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..delta import base_modules
 from ..errors import GraftError
+from ..host import base_modules
 from ..site import host_class, site_class
 from .linear import LinearSite
 

@@ -5,9 +5,10 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ...core.delta import Delta, Paper, base_modules
+from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.formats.peft import OWN, As, Peft
+from ...core.host import base_modules
 
 
 class _TokensPeft(Peft):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core import selection
-from ...core.delta import Delta, Link, Paper
+from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
 from ...core.factored import wide
+from ...core.host import Link
 from ...core.hyper import Range
 from ...core.sparse import placed, pulled
 from ..selection.entries import Entries

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...core.delta import Delta, Paper, bare_copy
+from ...core.delta import Delta, Paper
 from ...core.formats import As
 from ...core.formats.lycoris import Lycoris
+from ...core.host import bare_copy
 from ...core.hyper import Range
 from ...core.site import kind_of, site_for
 

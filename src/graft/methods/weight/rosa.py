@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from ...core.delta import Delta, Link, Paper
+from ...core.delta import Delta, Paper
+from ...core.host import Link
 from ...core.hyper import Range
 from ..selection.shira import SHiRA
 from .lora import LoRA

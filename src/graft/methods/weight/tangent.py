@@ -9,8 +9,9 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...core.delta import Delta, Host, Paper, base_modules, base_parameters
+from ...core.delta import Delta, Paper
 from ...core.errors import GraftError
+from ...core.host import Host, base_modules, base_parameters
 
 
 class _Bare(nn.Module):
