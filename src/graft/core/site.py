@@ -6,6 +6,7 @@ file under `sites`, a new quantiser one more under `quantised`; no method change
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,16 @@ def host_class(module: nn.Module) -> type:
     return getattr(module, "host_class", type(module))
 
 
+@functools.cache
+def _load() -> None:
+    from . import quantised, sites  # which import from here
+
+    sites.load()
+    quantised.load()
+
+
 def site_class(module: nn.Module) -> type["Site"]:
+    _load()
     own, classes = module._parameters.get("weight"), host_class(module).__mro__
     if own is not None and type(own) is not nn.Parameter and isinstance(module, nn.Linear):
         classes = (*type(own).__mro__, *classes)
@@ -159,9 +169,3 @@ class FusedSite(Site, looks=_is_fused):
     """Matrices of several experts kept as one 3-d parameter: no single matrix to adapt."""
 
     kind = "fused"
-
-
-from . import quantised, sites  # noqa: E402
-
-sites.load()
-quantised.load()
