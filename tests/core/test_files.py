@@ -127,7 +127,7 @@ def edit(folder, change, seal=True):
     config = json.loads((folder / CONFIG).read_text())
     change(config)
     if seal:
-        config["checksum"] = files._checksum(config)
+        config["checksum"] = files.checksum(config)
     (folder / CONFIG).write_text(json.dumps(config))
 
 

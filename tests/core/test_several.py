@@ -64,7 +64,7 @@ def edit(folder, change, seal=True):
     chain = json.loads((folder / CHAIN).read_text())
     change(chain)
     if seal:
-        chain["checksum"] = files._checksum(chain)
+        chain["checksum"] = files.checksum(chain)
     (folder / CHAIN).write_text(json.dumps(chain))
 
 

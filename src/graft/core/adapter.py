@@ -279,6 +279,12 @@ class Adapter:
         inside = dict.fromkeys(m for own in self.modules().values() for m in own.modules())
         return [p for m in inside for name in getattr(m, "ups", ()) if (p := m._parameters.get(name)) is not None]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors of the method itself, without those of heads."""
+        own = [m for path, m in self.modules().items() if path not in dict(self.heads)]
+        return next((t.dtype for m in own for t in m.state_dict().values() if t.is_floating_point()), torch.float32)
+
     def requires_grad_(self, flag: bool = True) -> "Adapter":
         """Train (True) or freeze (False) this adapter."""
         for p in self.parameters():

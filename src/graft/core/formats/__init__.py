@@ -55,6 +55,7 @@ class Format:
     title = ""  # how people call the library
     table = ""  # the attribute of a method's class that tells how the library stores it, or in words why it does not
     single = False  # one .safetensors file instead of a folder
+    as_it_is = False  # whether deltas are kept in the form that training gave them, see `Delta.absorbed`
     files: tuple[str, ...] = (CONFIG, TENSORS)  # what a folder holds
     optional: tuple[str, ...] = ()  # what it may hold besides
     sign = ""  # what in adapter_config.json tells it, for people
