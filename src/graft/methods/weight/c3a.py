@@ -85,16 +85,15 @@ class C3A(Delta, name="c3a"):
         return y + change.flatten(-2).to(y.dtype)
 
     def weight(self, w):
-        places = torch.arange(self.block, device=w.device)
-        blocks = self.kernel[:, :, (places - places[:, None]) % self.block]  # [m, n, j, k]
-        return w + blocks.transpose(1, 2).reshape(w.shape) / self.site.d_in
+        return _circulant(w, self.kernel / self.site.d_in)
 
 
 def _circulant(w, kernel):
     """W + C."""
     m, n, block = kernel.shape
     windows = torch.cat([kernel, kernel], -1).unfold(-1, block, 1)[:, :, 1:]  # [m, n, j, k], the last row first
-    return (w.view(m, block, n, block) + windows.flip(2).transpose(1, 2)).reshape(w.shape)
+    blocks = w.unflatten(0, (m, block)).unflatten(-1, (n, block))
+    return (blocks + windows.flip(2).transpose(1, 2)).reshape(w.shape)
 
 
 def _pulled(g, x, w, kernel):
