@@ -7,6 +7,7 @@ import pytest
 
 import graft
 from graft.comparison import budget, compare
+from graft.core.delta import METHODS
 from graft.core.errors import GraftError
 
 WORDS = {"liked": ["good", "great", "lovely"], "disliked": ["bad", "awful", "dull"]}
@@ -127,6 +128,8 @@ def test_steps_are_as_many_as_fit_and_what_fails_at_once_is_left_out(bases, revi
     "changes, said",
     [({"methods": ["lorra"]}, "no method or control is called|no method is called 'lorra'"),
      ({"methods": []}, "methods is empty"), ({"methods": ["lora", "lora(rank=8)"]}, "names lora twice"),
+     ({"methods": ["lora", "-dora"]}, "leaves dora out, but -dora has a meaning beside all only"),
+     ({"methods": ["all", "-lorra"]}, "no method is called 'lorra': did you mean"),
      ({"budget": "soon"}, "budget='soon' is no time"), ({"sizes": [10**6]}, "sizes=1000000: the train"),
      ({"forgetting": "task:code"}, "not of classification")],
 )  # fmt: skip
@@ -144,6 +147,19 @@ def test_all_is_what_fits_the_model(bases):
     assert "it has no bias" in _refuses(base, "bitfit") and _refuses(base, "lora") is None
     assert "linear-probe" in _refuses(base, "full")
     assert all((p == weights[n]).all() for n, p in base.model.named_parameters())
+
+
+def test_all_but_some_and_others_beside(monkeypatch):
+    from types import SimpleNamespace
+
+    from graft import comparison
+
+    monkeypatch.setattr(comparison, "_refuses", lambda base, name: "unfit" if name in ("vera", "tokens") else None)
+    given = ["all", "-alora", "alora(rounds=2)", "lora(rank=2)"]
+    names, unfit = comparison._contestants(given, None, None, SimpleNamespace(metrics=["accuracy"], name="any"))
+    assert names == ["no-op", "linear-probe", "full-fine-tuning",
+                     *sorted(METHODS.keys() - {"alora", "vera", "tokens"}), "alora(rounds=2)", "lora(rank=2)"]  # fmt: skip
+    assert unfit == {"vera": "unfit", "tokens": "unfit"}
 
 
 def test_what_would_take_more_than_the_memory_is_not_started(bases, reviews, here, tmp_path):

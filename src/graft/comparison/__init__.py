@@ -35,6 +35,7 @@ from ..runs.store import Record, Store
 from ..runs.summary import Summary, summarise
 from ..training.data import read
 from ..training.evaluation import choose
+from ..training.messages import nearest
 from ..tuning import trained
 from . import budget as budgets
 from . import outcome, report
@@ -79,7 +80,7 @@ def compare(
     methods: Annotated[
         Sequence[str],
         "what to compare: methods, with options if any: lora(rank=16); all: every method of the catalogue that fits "
-        "the model. The controls are always part of it",
+        "the model, beside it -NAME: but this one. The controls are always part of it",
     ] = ("lora", "dora", "ia3", "bitfit"),
     budget: Annotated[
         str | None,
@@ -243,10 +244,17 @@ def _contestants(
         controls.append("in-context")
     controls.append("full-fine-tuning")
     unfit: dict[str, str] = {}
-    if list(methods) == ["all"]:
+    out = [name[1:] for name in methods if name.startswith("-")]
+    if out and "all" not in methods:
+        raise GraftError(f"methods leaves {out[0]} out, but -{out[0]} has a meaning beside all only")
+    if "all" in methods:
         importlib.import_module("graft.methods").load()
-        reasons = {name: _refuses(base, name) for name in sorted(METHODS)}
-        unfit, methods = {k: v for k, v in reasons.items() if v}, [k for k, v in reasons.items() if not v]
+        if unknown := next((name for name in out if name not in METHODS), None):
+            raise GraftError(f"no method is called {unknown!r}: {nearest(unknown, METHODS)}")
+        reasons = {name: _refuses(base, name) for name in sorted(METHODS) if name not in out}
+        unfit = {k: v for k, v in reasons.items() if v}
+        also = [name for name in methods if name != "all" and not name.startswith("-")]
+        methods = [*(k for k, v in reasons.items() if not v), *also]
     named = [Contestant.of(name) for name in methods]  # refuses what is unknown
     titles = [contestants.title(c.method, c.options) for c in named if c.method not in controls]
     if twice := next((t for t in titles if titles.count(t) > 1), None):
