@@ -85,6 +85,7 @@ def main():
     contestants = {
         "found": best.plan(),
         "lora(rank=2) everywhere": {"method": graft.LoRA(rank=2, alpha=2.0), "targets": "qkv"},
+        "vpt(length=10) everywhere": {"method": graft.VPT(length=10)},
         "houlsby(size=5) everywhere": {"method": graft.Houlsby(size=5), "targets": "mlp"},
     }
     result["test"] = {}
