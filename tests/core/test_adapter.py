@@ -532,3 +532,21 @@ def test_a_method_served_by_factors_must_pass_x_and_have_factors(lacking):
     with pytest.raises(graft.GraftError, match="Loose: by_factors = True also needs passes_x = True and factors"):
         type("Loose", (graft.Delta,), sound | lacking, name="loose")
     assert "loose" not in METHODS
+
+
+@pytest.mark.parametrize("outside", ["dora", "apet"])
+@pytest.mark.parametrize("inside", ["loreft", "tangent"])
+def test_what_needs_the_matrix_beside_what_takes_the_host_for_any_module(inside, outside):
+    """Attached later, it finds the matrix; outside of what changes no weight it is refused by a sentence."""
+    where, small = ["model.layers.0.mlp.gate_proj"], METHODS[outside].small
+    model, alone = llama(), llama()
+    first = graft.attach(model, inside, where, name="first", **METHODS[inside].small)
+    first.disable()
+    move(graft.attach(model, outside, where, name="second", seed=3, **small), seed=4)
+    move(graft.attach(alone, outside, where, name="second", seed=3, **small), seed=4)
+    assert torch.equal(logits(model), logits(alone))
+    graft.activate(model, "second", "first")
+    logits(model)
+    graft.activate(model, "first", "second")
+    with pytest.raises(graft.GraftError, match=f"{inside} at {where[0]} changes no weight"):
+        logits(model)

@@ -34,7 +34,7 @@ def test_trains_the_best_entries(d_in, d_out, density, mask):
     w, grad = host.weight.detach(), torch.randn(d_out, d_in, dtype=torch.float64)
     _, delta = adapted(host, {"0": {"weight_grad": grad}}, density=density, mask=mask)
     chosen = mask_of(delta, w)
-    keep = max(1, round(density * w.numel()))
+    keep = max(1, round(density * d_out * d_in))
     assert len(delta.value) == keep == chosen.sum()
     score = {"magnitude": w.abs(), "gradient": grad.abs(), "snip": (w * grad).abs()}.get(mask)
     if score is not None and keep < w.numel():

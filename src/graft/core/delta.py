@@ -187,7 +187,8 @@ class Delta(nn.Module, metaclass=_MethodType):
     def weight(self, w: Tensor) -> Tensor:
         """W' for the matrix w [out, in]; pure. Not for deltas of activations."""
         raise GraftError(
-            f"{self.name} at {self.site.path or 'the model'} cannot be merged: it is no change of a weight"
+            f"{self.name} at {self.site.path or 'the model'} changes no weight: it cannot be merged, and a method that "
+            f"computes with the weight runs inside of it only, so attach that one first"
         )
 
     def bias(self, b: Tensor | None) -> Tensor | None:

@@ -141,7 +141,12 @@ class Site:
             f"choose Linear, Conv1D, Conv2d or Embedding modules for a weight delta"
         )
 
-    weight: Any = property(_no_matrix)
+    @property
+    def weight(self) -> Any:
+        """The matrix [out, in] of a host that has one, also where a method takes the host for any module."""
+        cls = site_class(self.module)
+        return self._no_matrix() if cls.weight is Site.weight else cls(self.path, self.module).weight
+
     d_in: Any = property(_no_matrix)
     d_out: Any = property(_no_matrix)
 
