@@ -1,5 +1,6 @@
 """Each row of a batch is served by its own adapter: row i of the batch is what adapter i alone computes."""
 
+import functools
 import gc
 import weakref
 
@@ -67,12 +68,15 @@ def test_rows_of_one_method_on_other_models(method, make):
 @given(st.data())
 def test_rows_of_any_methods(data):
     model = llama(torch.float64, attention_bias=True)
-    chosen = data.draw(st.lists(st.sampled_from(NAMES), min_size=2, max_size=5))
+    last = functools.partial(sorted, key=lambda name: name.startswith("tangent"))  # what needs a weight runs inside
+    chosen = last(data.draw(st.lists(st.sampled_from(NAMES), min_size=2, max_size=5)))
     model.config.use_cache = not {*chosen} & {*WITHOUT_CACHE}
     for i, method in enumerate(chosen):
         attach(model, method, f"{method}-{i}", seed=i)
     names = list(graft.adapters(model))
-    row = st.one_of(st.none(), st.sampled_from(names), st.lists(st.sampled_from(names), max_size=2, unique=True))
+    row = st.one_of(
+        st.none(), st.sampled_from(names), st.lists(st.sampled_from(names), max_size=2, unique=True).map(last)
+    )
     rows = data.draw(st.lists(row, min_size=1, max_size=6))
     agree(model, rows, tokens(len(rows)))
 
