@@ -20,13 +20,14 @@ class VPT(Attention, name="vpt"):
 
     P starts from a standard normal: the authors' code draws uniformly before the norm. Keys get no positions, so in a
     language model every token sees P at distance 0. The shallow form, vectors at the first block alone that go on
-    through the others, is what prompt tuning does.
+    through the others, is prompt tuning, for models that take embeddings.
     """
 
     papers = (Paper("Visual Prompt Tuning", "Jia et al.", 2022, "https://arxiv.org/abs/2203.12119"),)
     known = (
-        "Its authors report better results than full fine-tuning on 20 of 24 image tasks with less than 1 % of the "
-        "parameters, and less of the shallow form."
+        "Its authors report better results than full fine-tuning on many image tasks with less than 1 % of the "
+        "parameters. The authors of `Facing the Elephant in the Room` find it preferable where the task is far from "
+        "that of pre-training, or the images are like those."
     )
     starts_as_base = False
     small = dict(length=3)
