@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,17 +11,17 @@ from torch import nn
 
 import graft
 from graft.core.quantise import scheme_of
-from graft.core.quantised import SCHEMES
+from graft.core.quantised import schemes
 from graft.core.sites.quantised import quantised_sites
 from models import llama, move, tokenizer, tokens
 
-PACKAGES = {name: scheme.package for name, scheme in SCHEMES.items()}
+PACKAGES = {name: scheme.package for name, scheme in schemes().items()}
 # The values of NormalFloat4, from the appendix of QLoRA, rounded.
 NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
        0.7230, 1]  # fmt: skip
 
 
-@pytest.fixture(params=SCHEMES)
+@pytest.fixture(params=schemes())
 def scheme(request):
     if package := PACKAGES[request.param]:
         pytest.importorskip(package)
@@ -122,3 +124,10 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(graft.GraftError, match=r"nf4 needs bitsandbytes: pip install 'graft\[quantised\]'"):
         graft.quantise(model(), "nf4")
+
+
+def test_schemes_are_there_in_a_process_that_begins_with_them():
+    """Whatever else was imported before, or nothing."""
+    begin = "import torch, graft; print(graft.quantise(torch.nn.Sequential(torch.nn.Linear(8, 8)), 'int8')[0])"
+    ran = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True)
+    assert "DynamicQuantizedLinear" in ran.stdout, ran.stderr

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import GraftError
 from .host import base_modules
-from .quantised import SCHEMES, Scheme
+from .quantised import Scheme, schemes
 from .registry import adapters, registry, unwrapped
 from .sites.quantised import quantised_sites
 from .targets import resolve
@@ -68,19 +68,19 @@ def quantise(model: nn.Module, scheme: str, targets: Any = "all-linear", leave: 
 
 def find(scheme: str) -> Scheme:
     """The scheme of a name, whose library is installed."""
-    if scheme not in SCHEMES:
-        known = "; ".join(f"{name} ({found.about})" for name, found in sorted(SCHEMES.items()))
+    if scheme not in schemes():
+        known = "; ".join(f"{name} ({found.about})" for name, found in sorted(schemes().items()))
         raise GraftError(f"no scheme of quantisation is called {scheme!r}; there are {known}")
-    found = SCHEMES[scheme]
+    found = schemes()[scheme]
     if found.package and importlib.util.find_spec(found.package) is None:
         raise GraftError(f"{scheme} needs {found.package}: pip install 'graft[quantised]'")
     return found
 
 
 def check_device(scheme: str, device: torch.device) -> None:
-    only = SCHEMES[scheme].device
+    only = schemes()[scheme].device
     if only not in (None, device.type):
-        others = ", ".join(name for name, other in sorted(SCHEMES.items()) if other.device is None)
+        others = ", ".join(name for name, other in sorted(schemes().items()) if other.device is None)
         raise GraftError(f"{scheme} computes on {only} only, not on {device}: choose that device, or one of {others}")
 
 

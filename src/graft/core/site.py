@@ -6,7 +6,6 @@ file under `sites`, a new quantiser one more under `quantised`; no method change
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import GraftError
 from .host import base_modules
+from .loading import load_all
 
 KINDS: dict[str, type["Site"]] = {}  # qualified name of a class of modules, or of their weights -> site
 BY_LOOKS: list[tuple[Callable[[nn.Module], bool], type["Site"]]] = []  # for modules of classes without a name above
@@ -31,16 +31,10 @@ def host_class(module: nn.Module) -> type:
     return getattr(module, "host_class", type(module))
 
 
-@functools.cache
-def _load() -> None:
-    from . import quantised, sites  # which import from here
-
-    sites.load()
-    quantised.load()
-
-
 def site_class(module: nn.Module) -> type["Site"]:
-    _load()
+    """Of the sites of a module; kinds of hosts are imported when the first one is asked for."""
+    for kinds in ("sites", "quantised"):
+        load_all(f"{__package__}.{kinds}")
     own, classes = module._parameters.get("weight"), host_class(module).__mro__
     if own is not None and type(own) is not nn.Parameter and isinstance(module, nn.Linear):
         classes = (*type(own).__mro__, *classes)

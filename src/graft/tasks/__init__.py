@@ -13,11 +13,8 @@ hyperparameters of a method. Other packages announce theirs under the entry poin
 
 import functools
 import hashlib
-import importlib
-import importlib.metadata
 import inspect
 import json
-import pkgutil
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -28,6 +25,7 @@ from typing import Annotated, Any, ClassVar
 from .. import evidence
 from ..core.errors import GraftError
 from ..core.hyper import Hyper, Range, check, hyperparameters
+from ..core.loading import load_all
 from .metrics import exact_match
 
 TASKS: dict[str, type["Task"]] = {}
@@ -274,12 +272,8 @@ def card(made: Task, examples: int = 2) -> dict[str, Any]:
     }
 
 
-@functools.cache
 def _import() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    for entry in importlib.metadata.entry_points(group="graft.tasks"):
-        entry.load()
+    load_all(__name__, "graft.tasks")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

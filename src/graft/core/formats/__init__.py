@@ -5,9 +5,6 @@ What a file of another library holds and we have not is refused by name, never l
 other library has not.
 """
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GraftError
 from ..folder import CONFIG, TENSORS
+from ..loading import load_all
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -114,11 +112,9 @@ class As:
     optional: bool = False  # whether some sites lack it
 
 
-@functools.cache
 def load() -> None:
     """Import every format."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+    load_all(__name__)
 
 
 def file_names() -> list[str]:

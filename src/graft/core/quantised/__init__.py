@@ -3,13 +3,13 @@
 Classes are named by their qualified names, so that no quantiser is imported before a model brings it.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from ..loading import load_all
 
 
 class Scheme(NamedTuple):
@@ -32,6 +32,7 @@ class Scheme(NamedTuple):
 SCHEMES: dict[str, Scheme] = {}
 
 
-def load() -> None:
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+def schemes() -> dict[str, Scheme]:
+    """Every way to quantise, by name."""
+    load_all(__name__)
+    return SCHEMES

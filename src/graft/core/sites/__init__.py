@@ -3,11 +3,3 @@
 Precision: a delta keeps float32 tensors beside a half-precision base. Every map computes in the dtype of its input and
 casts the delta's small tensors to it, so that no activation is kept twice for backward.
 """
-
-import importlib
-import pkgutil
-
-
-def load() -> None:
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)

@@ -9,8 +9,6 @@ evolution   search among the paths
 methods     one file a way to search, found by itself
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
@@ -21,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 
 from ...core.errors import GraftError
 from ...core.hyper import Range, keywords
+from ...core.loading import load_all
 from ...core.progress import shown
 from ...models import Base, architecture, load_base
 from ...training.data import Examples, held_out, read
@@ -118,10 +117,7 @@ class Softmax(OneShot):
 
 def names() -> list[str]:
     """The ways to search."""
-    from . import methods
-
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
+    load_all(f"{__name__}.methods")
     return sorted(ONESHOT)
 
 

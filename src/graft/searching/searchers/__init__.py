@@ -4,10 +4,6 @@ A new one is a class that derives from `Searcher` with a `name`; other packages 
 "graft.searchers". Heavy imports stand inside it.
 """
 
-import functools
-import importlib
-import importlib.metadata
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...core.errors import GraftError
+from ...core.loading import load_all
 from ..outcome import Outcome
 from ..space import Point, Space, key
 
@@ -113,13 +110,9 @@ class Remembering(Searcher):
         return list({k: p for p in points if (k := key(p)) not in self.seen}.values())
 
 
-@functools.cache
 def load() -> None:
     """Import every file, and those that installed packages announce."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    for entry in importlib.metadata.entry_points(group="graft.searchers"):
-        entry.load()
+    load_all(__name__, "graft.searchers")
 
 
 def find(name: str) -> type[Searcher]:

@@ -4,8 +4,6 @@ An objective turns examples into features, features into a batch, a batch into a
 metrics and predictions. A new one is a file here with a subclass of `Objective`.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import GraftError
+from ...core.loading import load_all
 from ..data import Examples, columns_of
 from ..messages import nearest
 
@@ -113,8 +112,7 @@ class Objective(ABC):
 
 def find(name: str) -> type[Objective]:
     """The objective called `name`."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    load_all(__name__)
     if name not in OBJECTIVES:
         raise GraftError(f"no objective is called {name!r}: {nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name]

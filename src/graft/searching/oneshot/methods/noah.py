@@ -48,8 +48,8 @@ class NOAH(SinglePath):
     weights follows, under the cap.
 
     Sizes, depths, draws, mutation (which changes depths, and sizes of blocks that join), crossing and numbers are those
-    of the authors' code (github.com/Davidzhangyuanhan/NOAH). There a prompt passes the norm of its block, and the
-    adapter has QuickGELU in place of GELU.
+    of the authors' code (github.com/Davidzhangyuanhan/NOAH). There a prompt passes the norm of its block, what
+    the last block with one makes of it goes on through those without, and the adapter has QuickGELU in place of GELU.
     """
 
     name = "noah"
